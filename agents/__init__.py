@@ -1,0 +1,1 @@
+"""Atari policies with early exits: stable-baselines3, gymnasium, ale-py."""

@@ -1,0 +1,1 @@
+"""Backbones of Atari policies, each a staged network built from a teacher's tensors."""

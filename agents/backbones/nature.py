@@ -1,0 +1,89 @@
+"""NatureCNN: stable-baselines3's actor as four units, with exits after any of them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rlexit.ensembles import Ensemble
+from rlexit.heads import Head, HeadConfig, ModuleHead, heads
+from rlexit.network import StagedNetwork
+from rlexit.units import ModuleUnit, Unit
+
+UNIT_NAMES = ("conv1", "conv2", "conv3", "fc")
+FRAMES = 4
+SIDE = 84
+
+
+def nature_network(
+    actions: int,
+    taps: Sequence[str] = (),
+    head: HeadConfig | None = None,
+    cascade: bool = False,
+    ensemble: Ensemble | None = None,
+    width: float = 1.0,
+) -> StagedNetwork:
+    """The actor of SB3's `CnnPolicy`, freshly initialised, with exits at the given units.
+
+    Args:
+        actions: A.
+        taps: units with an early exit after them, from `UNIT_NAMES` without the last.
+        head: how early heads are built.
+        cascade: feed each early head the logits of the one before it.
+        ensemble: combines the early exits.
+        width: scales all channels and the dense layer; for static networks of less compute.
+    Raises:
+        ValueError: a tap names no unit, or the width leaves no channel.
+    Source: Mnih et al. 2015; layer sizes as in SB3's `NatureCNN`.
+    """
+    channels = [round(width * count) for count in (32, 64, 64, 512)]
+    if min(channels) < 1:
+        raise ValueError(f"`width` must leave at least one channel, got {width}.")
+    for tap in taps:
+        if tap not in UNIT_NAMES[:-1]:
+            raise ValueError(f"`network.taps` must be of {', '.join(UNIT_NAMES[:-1])}, got {tap!r}.")
+    first, second, third, dense = channels
+    units: OrderedDict[str, Unit] = OrderedDict(
+        conv1=ModuleUnit(nn.Sequential(nn.Conv2d(FRAMES, first, 8, stride=4), nn.ReLU())),
+        conv2=ModuleUnit(nn.Sequential(nn.Conv2d(first, second, 4, stride=2), nn.ReLU())),
+        conv3=ModuleUnit(nn.Sequential(nn.Conv2d(second, third, 3), nn.ReLU())),
+        fc=ModuleUnit(nn.Sequential(nn.Flatten(), nn.Linear(third * 49, dense), nn.ReLU())),
+    )
+    shapes = {"conv1": (first, 20, 20), "conv2": (second, 9, 9), "conv3": (third, 7, 7)}
+    config = head or HeadConfig()
+    exits: dict[str, Head] = {}
+    for name in UNIT_NAMES:
+        if name in taps:
+            exits[name] = heads[config.kind](shapes[name], actions, config, cascade and bool(exits))  # type: ignore[call-arg]
+    exits["fc"] = ModuleHead(nn.Linear(dense, actions))
+    return StagedNetwork(units, exits, actions, ensemble)
+
+
+def load_sb3(network: StagedNetwork, tensors: Mapping[str, Tensor]) -> None:
+    """Copies an SB3 actor's weights into the backbone and its own head; the early heads stay as they are.
+
+    Args:
+        network: of `nature_network`, of width 1.
+        tensors: SB3 policy state (`features_extractor.*`, `action_net.*`).
+    Raises:
+        ValueError: a tensor is missing or has another shape.
+    """
+    names = {
+        "units.conv1.module.0": "features_extractor.cnn.0",
+        "units.conv2.module.0": "features_extractor.cnn.2",
+        "units.conv3.module.0": "features_extractor.cnn.4",
+        "units.fc.module.1": "features_extractor.linear.0",
+        "heads.fc.module": "action_net",
+    }
+    own = dict(network.named_parameters())
+    with torch.no_grad():
+        for ours, theirs in names.items():
+            for kind in ("weight", "bias"):
+                source, target = tensors.get(f"{theirs}.{kind}"), own[f"{ours}.{kind}"]
+                found = "nothing" if source is None else tuple(source.shape)
+                if source is None or source.shape != target.shape:
+                    raise ValueError(f"`{theirs}.{kind}` must be {tuple(target.shape)}, got {found}. Use a NatureCNN teacher.")
+                target.copy_(source)

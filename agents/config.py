@@ -1,0 +1,147 @@
+"""Settings of Atari agents: protocol and PPO. Imports no torch, so that the command line answers at once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from rlexit.config import CoreConfig, require
+
+
+@dataclass(frozen=True)
+class EnvConfig:
+    """The protocol: rules that are part of every score.
+
+    Args:
+        game: ale-py's name, such as `ms_pacman`.
+        sticky: probability that the emulator repeats the previous action, drawn at every frame.
+        frame_skip: frames per env step.
+        frame_stack: frames in an observation.
+        noop_max: up to so many random no-ops at the start of a game.
+        max_frames: a game is cut here.
+        full_action_space: all 18 actions in place of the game's own.
+        fire_on_reset: press FIRE at the start, where the game has it.
+        fire_after_life_loss: replace the first action after a lost life by FIRE, where the game has it.
+    """
+
+    game: str
+    sticky: float = 0.1
+    frame_skip: int = 4
+    frame_stack: int = 4
+    noop_max: int = 0
+    max_frames: int = 108_000
+    full_action_space: bool = False
+    fire_on_reset: bool = True
+    fire_after_life_loss: bool = True
+
+    def __post_init__(self) -> None:
+        require(0 <= self.sticky <= 1, "env.sticky", "be in [0, 1]", self.sticky)
+        require(1 <= self.frame_skip <= 60, "env.frame_skip", "be in 1..60", self.frame_skip)
+        require(self.frame_stack == 4, "env.frame_stack", "be 4, what NatureCNN reads", self.frame_stack)
+        require(0 <= self.noop_max <= 1000, "env.noop_max", "be in 0..1000", self.noop_max)
+        require(1 <= self.max_frames <= 10_000_000, "env.max_frames", "be in 1..10000000", self.max_frames)
+
+
+@dataclass(frozen=True)
+class PPOConfig:
+    """PPO of stable-baselines3; names are its own. Defaults: Zero Time Waste's (10 M steps, constant schedules).
+
+    Args:
+        total_steps: env steps (1 env step = 4 frames).
+        anneal: let learning rate and clip range fall linearly to 0.
+        precision: of convolutions and of the wide dense layer; `bf16` is about twice as fast on a CPU that has it.
+        checkpoint_seconds: wall time between checkpoints.
+    """
+
+    total_steps: int = 10_000_000
+    n_envs: int = 8
+    n_steps: int = 128
+    batch_size: int = 256
+    n_epochs: int = 4
+    learning_rate: float = 2.5e-4
+    clip_range: float = 0.1
+    anneal: bool = False
+    gamma: float = 0.99
+    gae_lambda: float = 0.95
+    ent_coef: float = 0.01
+    vf_coef: float = 0.5
+    max_grad_norm: float = 0.5
+    precision: str = "bf16"
+    checkpoint_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in ("total_steps", "n_envs", "n_steps", "batch_size", "n_epochs"):
+            require(getattr(self, name) >= 1, f"train.{name}", "be at least 1", getattr(self, name))
+        require(self.n_envs <= 1024, "train.n_envs", "be at most 1024", self.n_envs)
+        rollout = self.n_envs * self.n_steps
+        advice = f"n_envs x n_steps is {rollout}; choose a divisor."
+        require(rollout % self.batch_size == 0, "train.batch_size", "divide the rollout", self.batch_size, advice)
+        for name in ("learning_rate", "clip_range", "max_grad_norm", "checkpoint_seconds"):
+            require(0 < getattr(self, name) < math.inf, f"train.{name}", "be positive", getattr(self, name))
+        for name in ("gamma", "gae_lambda"):
+            require(0 <= getattr(self, name) <= 1, f"train.{name}", "be in [0, 1]", getattr(self, name))
+        for name in ("ent_coef", "vf_coef"):
+            require(0 <= getattr(self, name) < math.inf, f"train.{name}", "be at least 0", getattr(self, name))
+        require(self.precision in ("bf16", "fp32"), "train.precision", "be bf16 or fp32", self.precision)
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """The actor and where it may be left.
+
+    Args:
+        backbone: `nature`.
+        taps: units with an early exit after them.
+    """
+
+    backbone: str = "nature"
+    taps: tuple[str, ...] = ("conv1", "conv2")
+
+    def __post_init__(self) -> None:
+        require(self.backbone == "nature", "network.backbone", "be nature", self.backbone)
+        require(len(set(self.taps)) == len(self.taps), "network.taps", "name each unit once", self.taps)
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """How distillation data is collected.
+
+    Args:
+        n_envs: games side by side.
+        n_steps: env steps per game and buffer.
+    """
+
+    n_envs: int = 16
+    n_steps: int = 128
+
+    def __post_init__(self) -> None:
+        require(1 <= self.n_envs <= 1024, "collect.n_envs", "be in 1..1024", self.n_envs)
+        require(self.n_steps >= 1, "collect.n_steps", "be at least 1", self.n_steps)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AgentsConfig(CoreConfig):
+    """Everything about an Atari policy with exits.
+
+    Args:
+        env: the protocol.
+        teacher: `train` one, or copy the one shipped in the `zoo`.
+        train: PPO of the teacher.
+        network: actor and exits.
+        collect: distillation data.
+    """
+
+    domain: str = "agents"
+    env: EnvConfig
+    teacher: str = "train"
+    train: PPOConfig = field(default_factory=PPOConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    collect: CollectConfig = field(default_factory=CollectConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.domain == "agents", "domain", "be agents", self.domain)
+        require(self.teacher in ("train", "zoo"), "teacher", "be train or zoo", self.teacher)
+
+
+CONFIG = AgentsConfig

@@ -1,0 +1,187 @@
+"""Atari policies as a domain: what the verbs of rlexit need to know about games."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from agents import envs, rollouts, teacher, zoo
+from agents.backbones.nature import FRAMES, SIDE, load_sb3, nature_network
+from agents.config import AgentsConfig
+from agents.importers import import_sb3
+from rlexit import checkpoint
+from rlexit.distill import Act, Batches
+from rlexit.domain import Played, Split, Watch
+from rlexit.ensembles import ensembles
+from rlexit.exit_policy import ExitPolicy
+from rlexit.network import StagedNetwork
+
+# Seeds of the splits are disjoint by construction: they lie in ranges that cannot meet.
+FIRST_SEED = {"calibration": 1_000_000, "test": 2_000_000}
+MAX_EPISODES = 1_000_000
+
+
+def episode_seed(split: Split, episode: int) -> int:
+    """The environment seed of an episode of a split; the splits share none.
+
+    Raises:
+        ValueError: the episode's index is negative or 1,000,000 or more.
+    """
+    if not 0 <= episode < MAX_EPISODES:
+        raise ValueError(f"`episode` must be in 0..{MAX_EPISODES - 1}, got {episode}.")
+    return FIRST_SEED[split] + episode
+
+
+class AgentsDomain:
+    """One Atari game and its config; implements `rlexit.domain.Domain`."""
+
+    metric = "score"
+
+    def __init__(self, config: AgentsConfig) -> None:
+        envs.rom_md5(config.env.game)
+        self.config = config
+        self.task = config.env.game
+
+    @cached_property
+    def actions(self) -> int:
+        """A, the number of actions of the game under this protocol."""
+        return len(self.action_meanings)
+
+    @cached_property
+    def action_meanings(self) -> list[str]:
+        """Names of the actions."""
+        env = envs.AtariVecEnv(self.config.env, 1, training=False)
+        try:
+            return list(env.action_meanings)
+        finally:
+            env.close()
+
+    def protocol(self) -> dict[str, Any]:
+        """The protocol block of every row."""
+        return envs.protocol(self.config.env)
+
+    def train(self, folder: Path, seed: int, watch: Watch) -> None:
+        """Trains the teacher by PPO, or copies the shipped one."""
+        if self.config.teacher == "zoo":
+            zoo.copy(self.task, folder)
+            return
+        total = self.config.train.total_steps
+        teacher.train(
+            folder,
+            self.config.env,
+            self.config.train,
+            seed,
+            stop=watch.stop,
+            progress=lambda step, facts: watch.progress(step, total, facts),
+        )
+
+    def accept(self, folder: Path) -> None:
+        """Refuses a teacher of another game, protocol or network."""
+        tensors, facts = checkpoint.load(folder, teacher.TEACHER)
+        theirs, ours = dict(facts["env"]), asdict(self.config.env)
+        for name in ours:
+            if theirs.get(name) != ours[name]:
+                raise checkpoint.CheckpointError(
+                    f"`{folder}` holds a teacher whose env.{name} is {theirs.get(name)!r}, the config says {ours[name]!r}. "
+                    "Use the config that it was made with, or another --out."
+                )
+        load_sb3(nature_network(self.actions), tensors)
+
+    def network(self, teacher_folder: Path, cascade: bool, ensemble: str) -> StagedNetwork:
+        """The frozen actor with fresh early heads."""
+        taps = self.config.network.taps
+        network = nature_network(
+            self.actions, taps, self.config.head, cascade, ensembles[ensemble](len(taps), self.actions)
+        )
+        load_sb3(network, checkpoint.load(teacher_folder, teacher.TEACHER)[0])
+        return network
+
+    def static_networks(self, teacher_folder: Path) -> dict[str, StagedNetwork]:
+        """NatureCNNs of fewer channels."""
+        return {f"width {width:g}": nature_network(self.actions, width=width) for width in self.config.distill.static_widths}
+
+    def example(self) -> Tensor:
+        """(1, 4, 84, 84) uint8."""
+        return torch.zeros((1, FRAMES, SIDE, SIDE), dtype=torch.uint8)
+
+    def batches(self, seed: int) -> Batches:
+        """Games driven by the student's own exits."""
+
+        def collect(act: Act, first: int) -> Iterator[int]:
+            settings = self.config.collect
+            start = int(np.random.SeedSequence([seed, first]).generate_state(1)[0])
+            return rollouts.collect(self.config.env, act, settings.n_envs, settings.n_steps, start)
+
+        return collect
+
+    def rows(self, network: StagedNetwork, policy: ExitPolicy, count: int, watch: Watch) -> Tensor:
+        """(N, 4, 84, 84) uint8 observations from calibration episodes, spread evenly over the games."""
+        n_envs = self.config.evaluate.n_envs
+        seen: list[np.ndarray] = []
+        jobs = [(0, episode_seed("calibration", episode)) for episode in range(n_envs)]
+        spacing = 16
+        ticks = 0
+
+        def keep(observations: np.ndarray) -> None:
+            nonlocal ticks
+            if ticks % spacing == 0:
+                seen.append(observations.copy())
+            ticks += 1
+            watch.progress(min(sum(map(len, seen)), count), count, {})
+
+        def enough() -> bool:
+            return watch.stop() or sum(map(len, seen)) >= count
+
+        decide = rollouts.exiting(network, [policy])
+        for _ in rollouts.play(
+            self.config.env, decide, jobs, network.exits, n_envs=n_envs, stop=enough, keep=keep
+        ):
+            pass
+        return torch.from_numpy(np.concatenate(seen)[:count])
+
+    def play(
+        self,
+        network: StagedNetwork | None,
+        policies: Sequence[ExitPolicy],
+        jobs: Sequence[tuple[int, int]],
+        split: Split,
+        record: int,
+        watch: Watch,
+    ) -> Iterator[Played]:
+        """Plays full games under one rule; without a network, uniformly at random."""
+        settings = self.config.evaluate
+        if network is None:
+            decide, exits = rollouts.at_random(self.actions), 1
+        else:
+            decide, exits = rollouts.exiting(network, policies, settings.execution), network.exits
+        return rollouts.play(
+            self.config.env,
+            decide,
+            [rollouts.Job(policy, episode, episode_seed(split, episode)) for policy, episode in jobs],
+            exits,
+            n_envs=settings.n_envs,
+            sampled=settings.actions == "sampled" or network is None,
+            record=record,
+            stop=watch.stop,
+            progress=lambda done, total: watch.progress(done, total, {}),
+        )
+
+    def blank(self, cascade: bool) -> StagedNetwork:
+        """The network with exits, untrained; for counting."""
+        return nature_network(self.actions, self.config.network.taps, self.config.head, cascade)
+
+    def adopt(self, path: Path, folder: Path) -> None:
+        """Makes a zip of stable-baselines3 the teacher."""
+        import_sb3(path, folder, self.config.env)
+
+
+def domain(config: AgentsConfig) -> AgentsDomain:
+    """The domain of a config; what the command line asks for."""
+    return AgentsDomain(config)

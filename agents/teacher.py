@@ -1,0 +1,205 @@
+"""The teacher: stable-baselines3's PPO on ale-py's vector environment, with resume and without pickle."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import KVWriter, Logger
+from stable_baselines3.common.policies import ActorCriticCnnPolicy
+from stable_baselines3.common.utils import LinearSchedule
+from torch import Tensor
+
+from agents.config import EnvConfig, PPOConfig
+from agents.envs import AtariVecEnv, protocol
+from rlexit import checkpoint
+from rlexit.interrupts import Diverged, Stopped
+from rlexit.runlog import RunLog
+
+STATE = "state"
+TEACHER = "teacher"
+
+
+class MixedPrecisionCnnPolicy(ActorCriticCnnPolicy):
+    """SB3's `CnnPolicy` whose feature extractor runs in bfloat16 autocast; heads, losses and weights stay float32.
+
+    Acting and updating use the same precision, so the first update's probability ratio is 1.
+    """
+
+    def extract_features(self, obs: Tensor, features_extractor: Any = None) -> Tensor:
+        """(B, 4, 84, 84) uint8 to (B, 512) float32 features."""
+        extractor = self.features_extractor if features_extractor is None else features_extractor
+        with torch.autocast(obs.device.type, dtype=torch.bfloat16):
+            return extractor(obs.to(torch.bfloat16).div_(255)).float()
+
+
+class _Writer(KVWriter):
+    """Forwards SB3's logger to the run's log."""
+
+    def __init__(self, log: RunLog) -> None:
+        self.log = log
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
+        for tag, value in sorted(key_values.items()):
+            if isinstance(value, (int, float, np.floating)) and "tensorboard" not in (key_excluded.get(tag) or ()):
+                self.log.scalar(tag, float(value), step)
+
+    def close(self) -> None:
+        self.log.flush()
+
+
+class _Keeper(BaseCallback):
+    """Checks, saves and stops between two updates, the one moment when no rollout is half done."""
+
+    def __init__(
+        self, save: Callable[[], None], stop: Callable[[], bool], progress: Callable[[int, dict[str, float]], None],
+        seconds: float,
+    ) -> None:
+        super().__init__()
+        self.save, self.stop, self.progress, self.seconds = save, stop, progress, seconds
+        self.saved_at = time.monotonic()
+
+    def _on_rollout_start(self) -> None:
+        loss = self.model.logger.name_to_value.get("train/loss", 0.0)
+        finite = np.isfinite(loss) and all(bool(torch.isfinite(p).all()) for p in self.model.policy.parameters())
+        if not finite:
+            raise Diverged(
+                f"`train/loss` became {loss} at env step {self.num_timesteps}. The last checkpoint is kept; "
+                "lower `train.learning_rate` or set `train.precision` to fp32, then run the same command."
+            )
+        stop = self.stop()
+        if stop or time.monotonic() - self.saved_at > self.seconds:
+            self.save()
+            self.saved_at = time.monotonic()
+        if stop:
+            raise Stopped
+
+    def _on_rollout_end(self) -> None:
+        games = [info["r"] for info in self.model.ep_info_buffer or ()]
+        self.progress(self.num_timesteps, {"score": float(np.mean(games))} if games else {})
+
+    def _on_step(self) -> bool:
+        return True
+
+
+def build(env: AtariVecEnv, config: PPOConfig, seed: int, device: str = "cpu") -> PPO:
+    """PPO with the given settings on the given games."""
+    policy = MixedPrecisionCnnPolicy if config.precision == "bf16" else ActorCriticCnnPolicy
+    rate, clip = config.learning_rate, config.clip_range
+    return PPO(
+        policy,
+        env,
+        learning_rate=LinearSchedule(rate, 0.0, 1.0) if config.anneal else rate,
+        clip_range=LinearSchedule(clip, 0.0, 1.0) if config.anneal else clip,
+        n_steps=config.n_steps,
+        batch_size=config.batch_size,
+        n_epochs=config.n_epochs,
+        gamma=config.gamma,
+        gae_lambda=config.gae_lambda,
+        ent_coef=config.ent_coef,
+        vf_coef=config.vf_coef,
+        max_grad_norm=config.max_grad_norm,
+        policy_kwargs={"optimizer_kwargs": {"fused": True}},
+        seed=seed,
+        device=device,
+    )
+
+
+def train(
+    folder: Path,
+    env_config: EnvConfig,
+    config: PPOConfig,
+    seed: int,
+    *,
+    device: str = "cpu",
+    stop: Callable[[], bool] = lambda: False,
+    progress: Callable[[int, dict[str, float]], None] = lambda step, facts: None,
+) -> Path:
+    """Trains a teacher in `folder`, or goes on where an earlier call stopped; returns its manifest.
+
+    Weights, optimiser, schedules, counters and random states resume exactly; the emulators start new games, because
+    ale-py's vector environment cannot be saved.
+
+    Raises:
+        Stopped: `stop` answered true; the state is saved.
+        Diverged: a loss or weight is NaN or infinite.
+        CheckpointError: the saved state was cut or altered.
+    """
+    resumed = checkpoint.load(folder, STATE) if checkpoint.exists(folder, STATE) else None
+    step = int(resumed[1]["counters"]["num_timesteps"]) if resumed else 0
+    env = AtariVecEnv(env_config, config.n_envs, training=True)
+    model = build(env, config, seed, device)
+    # Envs restart at a resume: their seeds must not repeat the games of the first attempt.
+    env.seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0] >> 2))
+    model._last_obs = None
+    with RunLog(folder, resume_step=step) as log:
+        model.set_logger(Logger(str(folder), [_Writer(log)]))
+        if resumed:
+            _restore(model, *resumed)
+        facts = {"env": asdict(env_config), "ppo": asdict(config), "seed": seed, "protocol": protocol(env_config)}
+
+        def save() -> None:
+            tensors, counters = _state(model)
+            checkpoint.save(folder, STATE, tensors, {"counters": counters, **facts})
+            log.flush()
+
+        keeper = _Keeper(save, stop, progress, config.checkpoint_seconds)
+        try:
+            # SB3 adds to the counter's goal when it goes on, so the remainder is what is asked for.
+            model.learn(max(config.total_steps - step, 0), callback=keeper, reset_num_timesteps=not resumed)
+        finally:
+            env.close()
+        keeper._on_rollout_start()
+        save()
+    return checkpoint.save(
+        folder,
+        TEACHER,
+        weights(model),
+        {**facts, "env_steps": model.num_timesteps, "action_meanings": env.action_meanings},
+    )
+
+
+def weights(model: PPO) -> dict[str, Tensor]:
+    """The policy's tensors, each once: SB3 lists a shared extractor three times."""
+    state = model.policy.state_dict()
+    return {key: value for key, value in state.items() if not key.startswith(("pi_features_", "vf_features_"))}
+
+
+def _state(model: PPO) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors = {f"policy.{key}": value for key, value in weights(model).items()}
+    tensors |= checkpoint.pack_optimizer(model.policy.optimizer, "optimizer")
+    tensors["random.torch"] = torch.get_rng_state()
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    tensors["random.numpy"] = torch.from_numpy(np.asarray(keys, dtype=np.uint32).astype(np.int64))
+    counters = {
+        "num_timesteps": model.num_timesteps,
+        "n_updates": model._n_updates,
+        "episodes": [{key: float(value) for key, value in info.items()} for info in model.ep_info_buffer or ()],
+        "numpy": [kind, int(position), int(has_gauss), float(gauss)],
+        "python": [random.getstate()[0], list(random.getstate()[1]), random.getstate()[2]],
+    }
+    return tensors, counters
+
+
+def _restore(model: PPO, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    counters = facts["counters"]
+    model.policy.load_state_dict(checkpoint.subset(tensors, "policy"), strict=False)
+    checkpoint.unpack_optimizer(model.policy.optimizer, "optimizer", tensors)
+    model.num_timesteps = counters["num_timesteps"]
+    model._n_updates = counters["n_updates"]
+    model.ep_info_buffer = deque(counters["episodes"], maxlen=model._stats_window_size)
+    model.ep_success_buffer = deque(maxlen=model._stats_window_size)
+    torch.set_rng_state(tensors["random.torch"])
+    kind, position, has_gauss, gauss = counters["numpy"]
+    np.random.set_state((kind, tensors["random.numpy"].numpy().astype(np.uint32), position, has_gauss, gauss))
+    version, words, gauss_next = counters["python"]
+    random.setstate((version, tuple(words), gauss_next))

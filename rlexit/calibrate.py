@@ -1,0 +1,222 @@
+"""Thresholds for a compute budget or a bounded loss, from held-out rows or episodes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from scipy import stats
+from torch import Tensor
+
+from rlexit.costs import CostTable
+from rlexit.exit_policy import ExitPolicy
+from rlexit.network import StagedNetwork
+from rlexit.rules import rules
+from rlexit.state import ExitState
+
+
+class TargetError(ValueError):
+    """A target that no thresholds can meet."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Held-out rows as a rule sees them.
+
+    Args:
+        early: (N, K - 1) score of each row at each early exit.
+        costs: of leaving at each exit.
+        rule: registered name.
+    """
+
+    early: Float[Tensor, "rows early"]
+    costs: CostTable
+    rule: str
+
+    def exits(self, threshold: float) -> Int[Tensor, " rows"]:
+        """(N,) where each row would leave if all early exits had this threshold."""
+        leaves = self.early > threshold
+        last = torch.ones_like(leaves[:, :1])
+        return torch.cat([leaves, last], dim=1).to(torch.int64).argmax(dim=1)
+
+    def relative_macs(self, threshold: float) -> float:
+        """Mean compute at this threshold, relative to the full network; every early head that is met is paid."""
+        macs = torch.tensor(self.costs.exits, dtype=torch.float64)[self.exits(threshold)]
+        return float(macs.mean()) / self.costs.full
+
+
+@torch.no_grad()
+def score_rows(network: StagedNetwork, rule_name: str, inputs: Any, costs: CostTable, chunk: int = 512) -> Scores:
+    """Scores held-out rows at every early exit, all exits computed.
+
+    Args:
+        network: in evaluation mode.
+        rule_name: who leaves; a registered name.
+        inputs: (N, ...) raw inputs.
+        costs: of the network.
+        chunk: rows at a time.
+    """
+    rule = rules[rule_name]()
+    parts: list[Tensor] = []
+    for rows in inputs.split(chunk):
+        trace = network(rows)
+        scores = []
+        for exit in range(network.exits - 1):
+            state = ExitState(
+                rows=torch.arange(len(rows), device=rows.device),
+                features=None,
+                logits=trace.logits[:, : exit + 1],
+                answer=trace.answers[:, exit],
+                macs=torch.full((len(rows),), costs.exits[exit], device=rows.device),
+                exit=exit + 1,
+            )
+            scores.append(rule.score(state))
+        parts.append(torch.stack(scores, dim=1))
+    return Scores(torch.cat(parts), costs, rule_name)
+
+
+def solve_macs(scores: Scores, target: float) -> float:
+    """The largest threshold, shared by all early exits, whose mean compute is at most the target.
+
+    A larger threshold lets rows go on for longer, so compute never falls with it: a search over the scores that were
+    seen finds the answer exactly.
+
+    Args:
+        scores: of held-out rows.
+        target: mean compute relative to the full network.
+    Returns:
+        The threshold; -inf where only leaving always at the first exit is cheap enough.
+    Raises:
+        TargetError: the target is below the cheapest exit, or NaN.
+    """
+    cheapest = scores.costs.exits[0] / scores.costs.full
+    if not target >= cheapest:
+        raise TargetError(
+            f"`target_macs` must be at least {cheapest:.3f}, what the first exit costs, got {target:g}. "
+            "Ask for more compute, or put an exit earlier."
+        )
+    seen = torch.unique(scores.early).tolist()
+    if scores.relative_macs(seen[-1]) <= target:
+        return float(seen[-1])
+    low, high = -1, len(seen) - 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        if scores.relative_macs(seen[middle]) <= target:
+            low = middle
+        else:
+            high = middle
+    return float(seen[low]) if low >= 0 else -math.inf
+
+
+def threshold_grid(scores: Scores, points: int) -> list[float]:
+    """Thresholds whose compute is evenly spaced from the cheapest exit to all heads and the full network."""
+    costs = scores.costs
+    if scores.rule == "patience":
+        return [float(length) for length in range(len(costs.exits))]
+    levels = np.linspace(costs.exits[0] / costs.full, costs.exits[-1] / costs.full, points)
+    return list(dict.fromkeys(solve_macs(scores, float(level) + 1e-9) for level in levels))
+
+
+def shared_policy(rule: str, threshold: float, exits: int, label: str = "", provenance: dict[str, Any] | None = None) -> ExitPolicy:
+    """An exit policy with one threshold for all early exits, as in the papers."""
+    return ExitPolicy(rule, (threshold,) * (exits - 1), label, provenance or {})
+
+
+def calibrate_macs(
+    rows: Callable[[ExitPolicy], Any], score: Callable[[Any], Scores], exits: int, target: float, rounds: int
+) -> ExitPolicy:
+    """Thresholds for a compute target: solve, roll out, solve again, because an actor's states depend on its exits.
+
+    Args:
+        rows: held-out inputs met under an exit policy (for classifiers, always the same).
+        score: scores of such inputs.
+        exits: K.
+        target: mean compute relative to the full network.
+        rounds: how often to solve.
+    Returns:
+        The policy, whose provenance holds the compute on the rows of every round.
+    Raises:
+        TargetError: the target is below the cheapest exit.
+    """
+    policy = ExitPolicy.full(exits)
+    history: list[dict[str, float]] = []
+    for _ in range(rounds):
+        scores = score(rows(policy))
+        before = scores.relative_macs(policy.thresholds[0]) if history else math.nan
+        threshold = solve_macs(scores, target)
+        if history:
+            history[-1]["relative_macs_rolled_out"] = before
+        history.append({"threshold": threshold, "relative_macs_solved": scores.relative_macs(threshold)})
+        label = f"target_macs={target:g}"
+        policy = shared_policy(scores.rule, threshold, exits, label)
+    spelled = [{key: value if math.isfinite(value) else str(value) for key, value in entry.items()} for entry in history]
+    provenance = {"target": f"target_macs={target:g}", "rounds": spelled}
+    return ExitPolicy(policy.rule, policy.thresholds, policy.label, provenance)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An exit policy and what it reached on calibration episodes.
+
+    Args:
+        policy: rule and thresholds.
+        values: return of each episode (or accuracy of each fold).
+        relative_macs: mean compute.
+    """
+
+    policy: ExitPolicy
+    values: Sequence[float]
+    relative_macs: float
+
+
+def calibrate_loss(
+    candidates: Sequence[Candidate], teacher: Sequence[float], floor: float, drop: float, confidence: float
+) -> ExitPolicy | None:
+    """The cheapest candidate whose loss of normalised return is certified to be at most `drop`.
+
+    Candidates are tested in the order of falling compute and the first failure ends it (fixed-sequence testing), so
+    the certificate holds for the one returned at the stated confidence, up to the t-test's normality.
+
+    Args:
+        candidates: in any order.
+        teacher: return of each of the teacher's episodes on the same seeds.
+        floor: return of a random actor; 0 for accuracy.
+        drop: largest loss, as a share of (teacher - floor).
+        confidence: one-sided.
+    Returns:
+        The policy with its certificate as provenance, or None if no candidate can be certified with so many episodes.
+    Source: learn then test, Angelopoulos et al. 2021, arXiv 2110.01052; fixed-sequence testing.
+    """
+    reference = np.asarray(teacher, dtype=float) - floor
+    best: ExitPolicy | None = None
+    for candidate in sorted(candidates, key=lambda one: -one.relative_macs):
+        values = np.asarray(candidate.values, dtype=float) - floor
+        p_value = _p_value(values, (1 - drop) * reference)
+        if not p_value <= 1 - confidence:
+            break
+        provenance = {
+            "target": f"max_return_drop={drop:g}",
+            "episodes": len(values),
+            "mean_return": float(values.mean() + floor),
+            "teacher_return": float(reference.mean() + floor),
+            "relative_macs": candidate.relative_macs,
+            "p_value": p_value,
+            "confidence": confidence,
+        }
+        label = f"max_return_drop={drop:g}"
+        best = ExitPolicy(candidate.policy.rule, candidate.policy.thresholds, label, provenance)
+    return best
+
+
+def _p_value(values: np.ndarray, least: np.ndarray) -> float:
+    """One-sided p-value of "the mean of `values` is below the mean of `least`"; Welch's t-test."""
+    if len(values) < 2:
+        return 1.0
+    if values.std() == 0 and least.std() == 0:
+        return 0.0 if values.mean() >= least.mean() else 1.0
+    return float(stats.ttest_ind(values, least, equal_var=False, alternative="greater").pvalue)

@@ -1,0 +1,137 @@
+"""The command line: one command, one verb per step. Imports no torch until a verb does its work."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+from rlexit import __version__
+from rlexit.registry import unknown
+
+VERBS = {
+    "run": "train, distill, calibrate, evaluate and report, skipping what is done",
+    "train": "make a teacher (PPO for Atari)",
+    "import": "adopt a teacher: --sb3 FILE.zip --as NAME, without unpickling anything",
+    "distill": "train exits on the frozen teacher",
+    "calibrate": "choose thresholds: --target_macs 0.5 or --max_return_drop 0.05",
+    "evaluate": "play test episodes at a grid of thresholds and at the calibrated ones",
+    "report": "tables, plots and one HTML page from any run folders",
+    "video": "one episode with exit, confidence and action drawn beside the frame",
+    "list": "configs, games, methods, rules, runs",
+    "doctor": "versions, ROMs, threads, extras and what is missing",
+}
+SHORTHANDS = {"--target_macs": "calibrate.target_macs", "--max_return_drop": "calibrate.max_return_drop"}
+USAGE_ERROR = 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Returns:
+        0, or 2 after one line on what is wrong and the way out, or 128 + signal after a safe stop.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _dispatch(words)
+    except BrokenPipeError:
+        return 1
+    except (ValueError, LookupError, OSError, ImportError) as error:
+        if os.environ.get("RLEXIT_TRACEBACK"):
+            raise
+        sys.stderr.write(f"rlexit: {one_line(error)}\n")
+        return USAGE_ERROR
+
+
+def one_line(error: BaseException) -> str:
+    """An error as one line that names the thing and the way out."""
+    import errno
+
+    text = error.args[0] if isinstance(error, LookupError) and error.args else error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        where = f" while writing `{error.filename}`" if error.filename else ""
+        text = f"the disk is full{where}. What was saved before is intact; free some space and run the same command."
+    return re.sub(r"\s+", " ", str(text)).strip()
+
+
+def _parser() -> argparse.ArgumentParser:
+    verbs = "\n".join(f"  {verb:<10} {what}" for verb, what in VERBS.items())
+    epilog = textwrap.dedent("""
+        NAME is a config (`rlexit list configs`) or a run folder. Every setting can be given: --train.total_steps 3e6.
+        `rlexit VERB NAME --print_config` shows them all; the order is NAME < --config FILE|NAME < command line.
+        """)
+    return argparse.ArgumentParser(
+        prog="rlexit",
+        description="Early exits for policies and classifiers: train once, run at any compute budget.\n\nverbs:\n" + verbs,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _dispatch(words: list[str]) -> int:
+    parser = _parser()
+    parser.add_argument("--version", action="version", version=f"rlexit {__version__}")
+    parser.add_argument("verb", metavar="VERB", nargs="?")
+    if not words or words[0] in ("-h", "--help", "--version"):
+        parser.parse_args(words or ["--help"])
+        return 0
+    verb, rest = words[0], words[1:]
+    if verb not in VERBS:
+        raise unknown("VERB", verb, VERBS)
+    if verb in ("report", "list", "doctor"):
+        from rlexit import desk
+
+        return int(getattr(desk, f"{verb}_verb")(rest))
+    return _run_verb(verb, rest)
+
+
+def _common(verb: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"rlexit {verb}", description=VERBS[verb], allow_abbrev=False, exit_on_error=False,
+        epilog=f"All settings: rlexit {verb} NAME --print_config",
+    )
+    if verb != "import":
+        parser.add_argument("name", metavar="NAME", help="config or run folder")
+    else:
+        parser.add_argument("--sb3", metavar="FILE", type=Path, required=True, help="zip saved by stable-baselines3")
+        parser.add_argument("--as", dest="name", metavar="NAME", required=True, help="config of its game")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=None, metavar="SEED", help="default: 0")
+    parser.add_argument("--threads", type=int, default=None, help="torch threads (default: all cores)")
+    parser.add_argument("--force", action="store_true", help="start stages of another config over")
+    parser.add_argument("--dry_run", action="store_true", help="resolve, build and count; write nothing")
+    if verb == "video":
+        parser.add_argument("--episode", type=int, default=0, help="index of the test episode")
+        parser.add_argument("--policy", default=None, help="label of a calibrated exit policy (default: the first)")
+        parser.add_argument("--steps", type=int, default=450, help="at most so many env steps")
+    return parser
+
+
+def _run_verb(verb: str, words: list[str]) -> int:
+    parser = _common(verb)
+    try:
+        options, settings = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        raise ValueError(f"{error}. `rlexit {verb} --help` shows the usage.") from error
+    from rlexit.settings import locate, resolve
+
+    place = locate(options.name, options.out)
+    config = resolve(place, [_shorthand(word) for word in settings])
+    if options.threads is not None and options.threads < 1:
+        raise ValueError(f"`--threads` must be at least 1, got {options.threads}.")
+    seeds = options.seeds if options.seeds is not None else [place.seed]
+    if min(seeds) < 0 or len(set(seeds)) < len(seeds):
+        raise ValueError(f"`--seeds` must be different numbers of at least 0, got {seeds}.")
+    from rlexit import desk
+
+    return desk.work(verb, options, config, place, seeds)
+
+
+def _shorthand(word: str) -> str:
+    name, equals, value = word.partition("=")
+    return f"--{SHORTHANDS[name]}{equals}{value}" if name in SHORTHANDS else word

@@ -1,0 +1,186 @@
+"""Settings shared by all domains. Imports no torch, so that the command line answers at once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+
+def require(condition: bool, name: str, rule: str, value: object, advice: str = "") -> None:
+    """Raises ValueError "`name` must <rule>, got <value>. <advice>" unless the condition holds (NaN never does)."""
+    if not condition:
+        raise ValueError(f"`{name}` must {rule}, got {value!r}.{' ' + advice if advice else ''}")
+
+
+@dataclass(frozen=True)
+class Method:
+    """What distinguishes the ways to train exits.
+
+    Args:
+        cascade: each early head reads the logits of the one before it.
+        ensemble: registered ensemble, fitted after the heads.
+        static: no exits at all but small networks, trained on the same data.
+    """
+
+    cascade: bool = False
+    ensemble: str = "none"
+    static: bool = False
+
+
+METHODS = {
+    "ztw": Method(cascade=True, ensemble="geometric"),
+    "sdn": Method(),
+    "additive": Method(cascade=True, ensemble="additive"),
+    "cascade_only": Method(cascade=True),
+    "ensemble_only": Method(ensemble="geometric"),
+    "static": Method(static=True),
+}
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """How the head of an exit is built.
+
+    Args:
+        kind: registered head: `pooled_conv` or `linear`.
+        layer_norm: in a cascade, normalise the logits of the exit before.
+        stop_gradient: let no gradient flow from a head into the one before it.
+        stride: of the head's 3x3 convolution; 0 leaves the convolution out.
+        pool: side of the pooled map, in positions.
+        upsample: pool to `pool` even where the map is smaller, as the reference does (repeated values).
+    """
+
+    kind: str = "pooled_conv"
+    layer_norm: bool = True
+    stop_gradient: bool = True
+    stride: int = 4
+    pool: int = 4
+    upsample: bool = True
+
+    def __post_init__(self) -> None:
+        require(0 <= self.stride <= 64, "head.stride", "be in 0..64", self.stride, "0 leaves the convolution out.")
+        require(1 <= self.pool <= 64, "head.pool", "be in 1..64", self.pool)
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """How early exits learn from the frozen teacher.
+
+    Args:
+        steps: samples collected to train the heads (env steps for policies).
+        ensemble_steps: further samples on which the ensembles are fitted.
+        batch_size: of a minibatch.
+        epochs: passes over each collected buffer.
+        learning_rate: of Adam in the first tenth; a tenth of it until three quarters, a hundredth after.
+        label_weight: weight of the cross-entropy to the teacher's likeliest output; the rest is KL(teacher || exit).
+        reference: repeat the official code's deviations that change numbers: every environment is driven by the first
+            one's action, the KL is divided by the number of outputs, ensembles are trained by Adam while acting.
+        checkpoint_buffers: collected buffers between checkpoints; games restart there, so that a resumed run is equal.
+        static_widths: `static` only: channel multipliers of the small networks.
+    """
+
+    steps: int = 1_000_000
+    ensemble_steps: int = 40_000
+    batch_size: int = 256
+    epochs: int = 5
+    learning_rate: float = 0.01
+    label_weight: float = 0.0
+    reference: bool = False
+    checkpoint_buffers: int = 25
+    static_widths: tuple[float, ...] = (0.5, 0.25)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "ensemble_steps", "batch_size", "epochs", "checkpoint_buffers"):
+            require(getattr(self, name) >= 1, f"distill.{name}", "be at least 1", getattr(self, name))
+        require(0 < self.learning_rate < 1, "distill.learning_rate", "be between 0 and 1", self.learning_rate)
+        require(0 <= self.label_weight <= 1, "distill.label_weight", "be in [0, 1]", self.label_weight)
+        require(
+            all(0 < width <= 1 for width in self.static_widths), "distill.static_widths", "be in (0, 1]", self.static_widths
+        )
+
+
+@dataclass(frozen=True)
+class CalibrateConfig:
+    """How thresholds are chosen on calibration rows or episodes, which no test ever uses.
+
+    Args:
+        rule: who leaves: `confidence`, `entropy`, `margin` or `patience`.
+        target_macs: mean compute relative to the full network; several make several exit policies.
+        max_return_drop: largest loss of normalised return (accuracy for classifiers); several make several.
+        episodes: calibration episodes per candidate.
+        rounds: solve, roll out, solve again: so many times.
+        candidates: operating points tried for a bounded return.
+        confidence: with which a bounded return is certified.
+    """
+
+    rule: str = "confidence"
+    target_macs: tuple[float, ...] = (0.5,)
+    max_return_drop: tuple[float, ...] = (0.05,)
+    episodes: int = 10
+    rounds: int = 3
+    candidates: int = 8
+    confidence: float = 0.95
+
+    def __post_init__(self) -> None:
+        rules = ("confidence", "entropy", "margin", "patience")
+        require(self.rule in rules, "calibrate.rule", f"be one of {', '.join(rules)}", self.rule)
+        for value in self.target_macs:
+            require(0 < value < math.inf, "calibrate.target_macs", "be positive", value)
+        for value in self.max_return_drop:
+            require(0 <= value < 1, "calibrate.max_return_drop", "be in [0, 1)", value)
+        for name in ("episodes", "rounds", "candidates"):
+            require(getattr(self, name) >= 1, f"calibrate.{name}", "be at least 1", getattr(self, name))
+        require(0.5 <= self.confidence < 1, "calibrate.confidence", "be in [0.5, 1)", self.confidence)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """What is measured on test episodes.
+
+    Args:
+        episodes: full games (or passes) per operating point.
+        grid: operating points between the cheapest exit and the full network, evenly spaced in compute; 0 for none.
+        rules: rules whose grids are measured; `patience` has one point per length.
+        actions: `argmax` or `sampled`.
+        execution: `real` (later units are not run) or `replay` (all exits at once).
+        n_envs: games played side by side.
+        latency_rows: single decisions timed per operating point; 0 for none.
+    """
+
+    episodes: int = 30
+    grid: int = 7
+    rules: tuple[str, ...] = ("confidence",)
+    actions: str = "argmax"
+    execution: str = "real"
+    n_envs: int = 32
+    latency_rows: int = 300
+
+    def __post_init__(self) -> None:
+        require(self.episodes >= 1, "evaluate.episodes", "be at least 1", self.episodes)
+        require(self.grid == 0 or self.grid >= 2, "evaluate.grid", "be 0 or at least 2", self.grid)
+        known = ("confidence", "entropy", "margin", "patience")
+        for rule in self.rules:
+            require(rule in known, "evaluate.rules", f"be of {', '.join(known)}", rule)
+        require(self.actions in ("argmax", "sampled"), "evaluate.actions", "be argmax or sampled", self.actions)
+        require(self.execution in ("real", "replay"), "evaluate.execution", "be real or replay", self.execution)
+        require(1 <= self.n_envs <= 1024, "evaluate.n_envs", "be in 1..1024", self.n_envs)
+        require(self.latency_rows >= 0, "evaluate.latency_rows", "be at least 0", self.latency_rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoreConfig:
+    """The sections that every domain has.
+
+    Args:
+        methods: what is distilled and compared, from `METHODS`.
+    """
+
+    methods: tuple[str, ...] = ("ztw", "sdn", "static")
+    head: HeadConfig = field(default_factory=HeadConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def __post_init__(self) -> None:
+        for name in self.methods:
+            require(name in METHODS, "methods", f"be of {', '.join(METHODS)}", name)

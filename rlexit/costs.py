@@ -1,0 +1,67 @@
+"""What a network costs: multiply-adds of every unit and head, and of leaving at every exit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlexit.network import StagedNetwork
+from rlexit.state import map_tensors
+
+
+@dataclass(frozen=True)
+class CostTable:
+    """Multiply-adds of one row, every gate open.
+
+    Args:
+        units: unit name to MACs.
+        heads: exit name to MACs.
+        exits: MACs of leaving at each exit, all heads before it included.
+        full: MACs of the network without added heads: what `relative_macs` is relative to.
+    """
+
+    units: dict[str, int]
+    heads: dict[str, int]
+    exits: tuple[int, ...]
+    full: int
+
+    def relative(self, macs: float) -> float:
+        """MACs relative to the full, head-free network."""
+        return macs / self.full
+
+    def steps(self) -> tuple[int, ...]:
+        """MACs from each exit to the next; what a row must still afford to go on."""
+        return tuple(late - early for early, late in zip(self.exits, self.exits[1:], strict=False))
+
+
+@torch.no_grad()
+def cost_table(network: StagedNetwork, inputs: Any) -> CostTable:
+    """Counts a network by passing one row of zeros through it, every gate open.
+
+    Args:
+        network: counted with all its heads.
+        inputs: tree of (B, ...) tensors; only the shapes and dtypes are read.
+    """
+    state = network.begin(map_tensors(lambda leaf: torch.zeros_like(leaf[:1]), inputs))
+    units: dict[str, int] = {}
+    heads: dict[str, int] = {}
+    exits: list[int] = []
+    while not network.finished(state):
+        before = state.macs
+        state = network.advance(state)
+        units[network.unit_names[state.unit - 1]] = int(state.macs - before)
+        if network.at_exit(state):
+            before = state.macs
+            state = network.answer(state)
+            heads[network.exit_names[state.exit - 1]] = int(state.macs - before)
+            exits.append(int(state.macs))
+    full = sum(units.values()) + heads[network.exit_names[-1]]
+    return CostTable(units, heads, tuple(exits), full)
+
+
+def parameters(module: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(parameter.numel() for parameter in module.parameters())

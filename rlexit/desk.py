@@ -1,0 +1,226 @@
+"""What a person meets: plans, tables and paths printed around the verbs, and how a run ends."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module, metadata, util
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from rlexit import __version__
+from rlexit.config import METHODS, CoreConfig
+from rlexit.registry import unknown
+from rlexit.resources import config_files
+from rlexit.settings import CONFIG, DOMAINS, Place, to_yaml
+
+LISTS = ("configs", "games", "methods", "rules", "runs")
+EXTRAS = {"vision": ("datasets", "kornia"), "export": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",), "cluster": ("ray",)}
+
+
+def console() -> Console:
+    """Where everything is printed; wide enough for tables where it is no terminal."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 140, soft_wrap=not sys.stdout.isatty())
+
+
+def work(verb: str, options: argparse.Namespace, config: CoreConfig, place: Place, seeds: Sequence[int]) -> int:
+    """Does a verb of one run for every seed; a signal ends it at a safe point with the way to go on."""
+    import torch
+
+    from rlexit.interrupts import Stopped, stop_on_signals
+    from rlexit.verbs import Session
+
+    torch.set_num_threads(options.threads or os.cpu_count() or 1)
+    # Weights that have decayed to denormals cost a factor of four on a CPU.
+    torch.set_flush_denormal(True)
+    out = console()
+    domain = import_module(f"{config.domain}.domain").domain(config)
+    with stop_on_signals() as stop:
+        sessions = [Session(domain, place.root, seed, out, stop, options.force) for seed in seeds]
+        try:
+            _header(sessions[0])
+            if options.dry_run:
+                _plan(sessions[0])
+                return 0
+            from rlexit.checkpoint import write_atomic
+
+            write_atomic(place.root / CONFIG, to_yaml(config).encode())
+            for session in sessions:
+                WORK[verb](session, options)
+        except Stopped:
+            out.print("stopped at a safe point; everything is saved. Go on with the same command:")
+            out.print(f"  rlexit {' '.join(sys.argv[1:])}")
+            return 128 + (stop.signum or 0)
+    if verb in ("run", "evaluate"):
+        _report([place.root], place.root / "report", out)
+    return 0
+
+
+def _header(session: Any) -> None:
+    domain, out = session.domain, session.console
+    rules = {key: value for key, value in domain.protocol().items() if key not in ("game", "rom_md5")}
+    short = ", ".join(f"{key} {value}" for key, value in rules.items())
+    out.print(f"rlexit {__version__} | {domain.task} | {session.root}")
+    out.print(f"protocol   {short}")
+
+
+def _plan(session: Any) -> None:
+    """Builds everything that a run needs, counts it, and says what would be done."""
+    from rlexit.costs import cost_table, parameters
+
+    domain, out = session.domain, session.console
+    config = domain.config
+    for stage in ("train", *(f"distill {method}" for method in config.methods)):
+        name, _, method = stage.partition(" ")
+        state = "done" if session.stage(name, method).is_done() else "to do"
+        out.print(f"plan       {stage}: {state}")
+    network = domain.blank(METHODS[config.methods[0]].cascade)
+    costs = cost_table(network, domain.example())
+    table = Table("leave after", "MACs", "relative", title=f"one decision; full network {costs.full:,} MACs")
+    for name, macs in zip(network.exit_names, costs.exits, strict=True):
+        table.add_row(name, f"{macs:,}", f"{costs.relative(macs):.3f}")
+    out.print(table)
+    out.print(f"parameters {parameters(network):,}; nothing was written (--dry_run)")
+
+
+def _train(session: Any, options: argparse.Namespace) -> None:
+    from rlexit import verbs
+
+    verbs.train(session)
+    session.console.print(f"teacher    {session.teacher}")
+
+
+def _import(session: Any, options: argparse.Namespace) -> None:
+    stage = session.stage("train")
+    if stage.begin(session.force):
+        session.domain.adopt(options.sb3, session.teacher)
+        stage.finish({"imported": options.sb3.name})
+    session.console.print(f"teacher    {session.teacher}")
+
+
+def _each_method(verb: str) -> Callable[[Any, argparse.Namespace], None]:
+    def do(session: Any, options: argparse.Namespace) -> None:
+        from rlexit import verbs
+
+        if verb == "evaluate":
+            verbs.evaluate_teacher(session)
+        for method in session.domain.config.methods:
+            found = getattr(verbs, {"evaluate": "evaluate_method"}.get(verb, verb))(session, method)
+            for policy in found or ():
+                thresholds = ", ".join(f"{value:.4g}" for value in policy.thresholds)
+                session.console.print(f"calibrate  {method} {policy.label}: {policy.rule} thresholds [{thresholds}]")
+
+    return do
+
+
+def _run(session: Any, options: argparse.Namespace) -> None:
+    for verb in ("train", "distill", "calibrate", "evaluate"):
+        WORK[verb](session, options)
+    if session.domain.metric == "score":
+        _video(session, argparse.Namespace(episode=0, policy=None, steps=300))
+
+
+def _video(session: Any, options: argparse.Namespace) -> None:
+    from rlexit import verbs
+
+    for method in session.domain.config.methods:
+        if not METHODS[method].static:
+            path = verbs.video(session, method, options.episode, options.policy, options.steps)
+            session.console.print(f"video      {path}")
+            break
+
+
+WORK: dict[str, Callable[[Any, argparse.Namespace], None]] = {
+    "run": _run,
+    "train": _train,
+    "import": _import,
+    "distill": _each_method("distill"),
+    "calibrate": _each_method("calibrate"),
+    "evaluate": _each_method("evaluate"),
+    "video": _video,
+}
+
+
+def _report(runs: Sequence[Path], folder: Path, out: Console, allow_mixed: bool = False) -> None:
+    from rlexit.report import write_report
+    from rlexit.rows import read_latency, read_rows
+    from rlexit.tables import summary_rows, summary_table
+
+    page = write_report(runs, folder, allow_mixed)
+    rows = [row for run in runs for path in sorted(run.glob("**/eval/episodes.csv")) for row in read_rows(path)]
+    latency = [row for run in runs for path in sorted(run.glob("**/eval/latency.csv")) for row in read_latency(path)]
+    out.print(summary_table(summary_rows(rows, latency)))
+    out.print(f"report     {page.with_suffix('.html')}")
+    out.print(f"plots      {folder / 'plots'}")
+    out.print(f"curves     tensorboard --logdir {runs[0]}")
+
+
+def report_verb(words: Sequence[str]) -> int:
+    """`rlexit report RUNS... [--out FOLDER] [--allow-mixed]`."""
+    parser = argparse.ArgumentParser(prog="rlexit report", description="tables, plots and one HTML page", allow_abbrev=False)
+    parser.add_argument("runs", metavar="RUNS", nargs="+", help="run folders, or folders of them")
+    parser.add_argument("--out", type=Path, default=None, help="default: report/ in the first run folder")
+    parser.add_argument("--allow-mixed", action="store_true", help="put different protocols side by side")
+    options = parser.parse_args(words)
+    runs = [Path(run) if Path(run).is_dir() or run not in config_files() else Path("runs") / run for run in options.runs]
+    _report(runs, options.out or runs[0] / "report", console(), options.allow_mixed)
+    return 0
+
+
+def list_verb(words: Sequence[str]) -> int:
+    """`rlexit list [configs|games|methods|rules|runs]`."""
+    parser = argparse.ArgumentParser(prog="rlexit list", description="what there is", allow_abbrev=False)
+    parser.add_argument("what", nargs="?", default="configs", help=", ".join(LISTS))
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
+    options = parser.parse_args(words)
+    if options.what not in LISTS:
+        raise unknown("list", options.what, LISTS)
+    out = console()
+    for line in _lists(options.what, options.out):
+        out.print(line)
+    return 0
+
+
+def _lists(what: str, runs: Path) -> list[str]:
+    if what == "configs":
+        return [f"{name:<24} {_comment(path)}" for name, path in config_files().items()]
+    if what == "methods":
+        return [f"{name:<16} cascade {kind.cascade!s:<6} ensemble {kind.ensemble}" for name, kind in METHODS.items()]
+    if what == "runs":
+        found = sorted(path.parent for path in runs.glob(f"**/{CONFIG}"))
+        return [str(path) for path in found] or [f"no runs in {runs}; `rlexit run pong` makes one"]
+    if what == "rules":
+        return list(import_module("rlexit.rules").rules)
+    return list(import_module("agents.envs").known_games())
+
+
+def _comment(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    return first.lstrip("# ") if first.startswith("#") else ""
+
+
+def doctor_verb(words: Sequence[str]) -> int:
+    """`rlexit doctor`: what is here, what is missing, and how to get it."""
+    argparse.ArgumentParser(prog="rlexit doctor", description=doctor_verb.__doc__).parse_args(words)
+    import torch
+
+    out = console()
+    out.print(f"rlexit     {__version__}, python {sys.version.split()[0]}")
+    for name in ("torch", "stable-baselines3", "gymnasium", "ale-py", "numpy", "tensorboard", "safetensors"):
+        out.print(f"{name:<18} {metadata.version(name)}")
+    capability = torch.backends.cpu.get_cpu_capability()
+    out.print(f"cpu        {os.cpu_count()} cores, {torch.get_num_threads()} threads, {capability}")
+    out.print(f"gpu        {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none seen; not needed'}")
+    games = _lists("games", Path())
+    out.print(f"games      {len(games)} ROMs, teachers shipped for {', '.join(import_module('agents.zoo').shipped()) or 'none'}")
+    for extra, modules in EXTRAS.items():
+        missing = [module for module in modules if util.find_spec(module) is None]
+        advice = f"missing {', '.join(missing)}: pip install 'rlexit[{extra}]'" if missing else "here"
+        out.print(f"extra      {extra:<10} {advice}")
+    out.print(f"domains    {', '.join(domain for domain in DOMAINS if util.find_spec(domain + '.domain') is not None)}")
+    return 0

@@ -1,0 +1,107 @@
+"""What a domain (Atari agents, vision) provides; the verbs know nothing else about it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from rlexit.config import CoreConfig
+from rlexit.distill import Batches
+from rlexit.exit_policy import ExitPolicy
+from rlexit.network import StagedNetwork
+
+Split = Literal["calibration", "test"]
+Progress = Callable[[int, int, dict[str, float]], None]
+
+
+@dataclass
+class Played:
+    """One episode (or evaluated set) under one exit policy.
+
+    Args:
+        policy: index of the exit policy.
+        episode: index of the episode.
+        seed: of the environment.
+        value: of the domain's metric.
+        decisions: env steps, or rows of the set.
+        macs: summed over the decisions, as executed.
+        exits: (K,) how often each exit answered.
+        steps: per decision, where recorded: exits, confidences, actions, rewards.
+    """
+
+    policy: int
+    episode: int
+    seed: int
+    value: float = 0.0
+    decisions: int = 0
+    macs: int = 0
+    exits: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=np.int64))
+    steps: dict[str, list[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Watch:
+    """How a long call talks to its caller: `stop` is asked at safe points, `progress` is told (done, total, facts)."""
+
+    stop: Callable[[], bool] = lambda: False
+    progress: Progress = lambda done, total, facts: None
+
+
+class Domain(Protocol):
+    """One task with its config.
+
+    `task` is its name in tables, `metric` what its values are (`score` or `accuracy`).
+    """
+
+    config: CoreConfig
+    task: str
+    metric: str
+
+    def train(self, folder: Path, seed: int, watch: Watch) -> None:
+        """Makes the teacher in `folder` (checkpoint `teacher`), or goes on where an earlier call stopped."""
+        ...
+
+    def accept(self, folder: Path) -> None:
+        """Raises CheckpointError unless the teacher in `folder` is one of this task, protocol and network."""
+        ...
+
+    def network(self, teacher: Path, cascade: bool, ensemble: str) -> StagedNetwork:
+        """The frozen teacher with fresh early heads."""
+        ...
+
+    def static_networks(self, teacher: Path) -> dict[str, StagedNetwork]:
+        """Fresh small networks without early exits, by name."""
+        ...
+
+    def example(self) -> Tensor:
+        """(1, ...) an input; only its shape and dtype are read."""
+        ...
+
+    def batches(self, seed: int) -> Batches:
+        """Where distillation samples come from."""
+        ...
+
+    def rows(self, network: StagedNetwork, policy: ExitPolicy, count: int, watch: Watch) -> Tensor:
+        """(N, ...) about `count` held-out inputs met when acting under an exit policy, from calibration seeds."""
+        ...
+
+    def play(
+        self,
+        network: StagedNetwork | None,
+        policies: Sequence[ExitPolicy],
+        jobs: Sequence[tuple[int, int]],
+        split: Split,
+        record: int,
+        watch: Watch,
+    ) -> Iterator[Played]:
+        """Plays (policy index, episode index) jobs on the seeds of a split; without a network, at random."""
+        ...
+
+    def protocol(self) -> dict[str, Any]:
+        """What else a value depends on; stands in every row."""
+        ...

@@ -1,0 +1,178 @@
+"""Evaluation: exit policies and seeds in, one row per episode out; latency of single decisions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlexit.checkpoint import canonical_json
+from rlexit.costs import CostTable
+from rlexit.domain import Domain, Played, Split, Watch
+from rlexit.exit_policy import ExitPolicy
+from rlexit.network import StagedNetwork
+from rlexit.rows import LatencyRow, Row, append_rows, read_rows, write_rows
+from rlexit.runfolder import machine
+from rlexit.runtime import run
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated.
+
+    Args:
+        method: as tables call it.
+        run_seed: of its training.
+        network: None for a random actor.
+        policies: operating points; labels are unique.
+        full_macs: of the full, head-free network that `relative_macs` is relative to.
+    """
+
+    method: str
+    run_seed: int
+    network: StagedNetwork | None
+    policies: Sequence[ExitPolicy]
+    full_macs: int
+
+
+def method_name(method: str, rule: str) -> str:
+    """What a method is called under a rule: patience on SDN's exits is PBEE."""
+    return "pbee" if (method, rule) == ("sdn", "patience") else method
+
+
+def evaluate(
+    domain: Domain, subject: Subject, episodes: int, split: Split, path: Path, steps: Path | None, watch: Watch
+) -> list[Row]:
+    """Plays every operating point for the same episodes and writes one row per episode to `path`.
+
+    Rows are appended as episodes end, so a killed evaluation goes on where it was; at the end they are sorted, so the
+    file is the same whatever happened in between.
+
+    Args:
+        domain: plays.
+        subject: what is evaluated.
+        episodes: per operating point, the same seeds for all.
+        split: calibration or test.
+        path: of the CSV file.
+        steps: folder for the recorded steps of the first episode of calibrated policies, or None.
+        watch: stop and progress.
+    Returns:
+        All rows of the file.
+    """
+    found = [row for row in read_rows(path) if row.split == split] if path.exists() else []
+    done = {(row.method, row.label, row.run_seed, row.episode) for row in found}
+    rules = list(dict.fromkeys(policy.rule for policy in subject.policies))
+    total = len(subject.policies) * episodes
+    counted = len(done)
+    for rule in rules:
+        policies = [policy for policy in subject.policies if policy.rule == rule]
+        # Recorded games come first, so that a picture of an episode exists early.
+        policies.sort(key=lambda policy: not policy.provenance)
+        name = method_name(subject.method, rule)
+        jobs = [
+            (index, episode)
+            for episode in range(episodes)
+            for index, policy in enumerate(policies)
+            if (name, policy.label, subject.run_seed, episode) not in done
+        ]
+        record = sum(1 for policy in policies if policy.provenance) if steps is not None else 0
+        before = counted
+        inner = replace(watch, progress=lambda n, _, facts, before=before: watch.progress(before + n, total, facts))
+        for played in domain.play(subject.network, policies, jobs, split, record, inner):
+            row = _row(domain, subject, policies[played.policy], played, split)
+            append_rows(path, [row])
+            found.append(row)
+            counted += 1
+            if steps is not None and played.steps:
+                _save_steps(steps / f"steps_{name}_{row.label}_{played.episode}.npz", played)
+    found.sort(key=lambda row: (row.task, row.method, row.run_seed, row.rule, row.label, row.episode))
+    if counted == total:
+        write_rows(path, found)
+    return found
+
+
+def _row(domain: Domain, subject: Subject, policy: ExitPolicy, played: Played, split: Split) -> Row:
+    settings = domain.config.evaluate
+    random = subject.network is None
+    mean = played.macs / played.decisions
+    fractions = tuple(float(count) / played.decisions for count in played.exits)
+    return Row(
+        task=domain.task,
+        method=method_name(subject.method, policy.rule),
+        run_seed=subject.run_seed,
+        label=policy.label,
+        rule="" if random else policy.rule,
+        thresholds=policy.thresholds,
+        target=str(policy.provenance.get("target", "")),
+        execution=settings.execution,
+        actions="sampled" if random else settings.actions,
+        split=split,
+        episode=played.episode,
+        episode_seed=played.seed,
+        metric=domain.metric,
+        value=played.value,
+        decisions=played.decisions,
+        macs_mean=mean,
+        relative_macs=mean / subject.full_macs,
+        exit_fractions=fractions if len(fractions) > 1 else (),
+        protocol=canonical_json(domain.protocol()),
+    )
+
+
+def _save_steps(path: Path, played: Played) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = {name: np.asarray(values) for name, values in played.steps.items()}
+    with open(path, "wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def time_calls(call: Callable[[Tensor], object], inputs: Tensor, warm_up: int = 20) -> tuple[float, float]:
+    """Times single decisions; returns p50 and p95 in microseconds.
+
+    Args:
+        call: takes (1, ...) inputs.
+        inputs: (N, ...); each row is timed once, after `warm_up` rows that are not.
+        warm_up: rows run before.
+    """
+    for index in range(min(warm_up, len(inputs))):
+        call(inputs[index : index + 1])
+    seconds: list[float] = []
+    for index in range(len(inputs)):
+        row = inputs[index : index + 1]
+        began = time.perf_counter()
+        call(row)
+        seconds.append(time.perf_counter() - began)
+    p50, p95 = np.percentile(seconds, [50, 95]) * 1e6
+    return float(p50), float(p95)
+
+
+def latencies(domain: Domain, subject: Subject, inputs: Tensor) -> Iterator[LatencyRow]:
+    """Measures single decisions of every operating point on one thread.
+
+    Args:
+        domain: names the task.
+        subject: with a network.
+        inputs: (N, ...), from calibration seeds; each is timed once per operating point.
+    """
+    network = subject.network
+    if network is None:
+        return
+    threads = torch.get_num_threads()
+    for policy in subject.policies:
+        torch.set_num_threads(1)
+        try:
+            p50, p95 = time_calls(lambda row, policy=policy: run(network, policy, row), inputs)
+        finally:
+            torch.set_num_threads(threads)
+        name = method_name(subject.method, policy.rule)
+        yield LatencyRow(domain.task, name, subject.run_seed, policy.label, 1, p50, p95, 1, "torch eager", machine())
+
+
+def exit_costs(network: StagedNetwork, costs: CostTable) -> list[tuple[str, int, float]]:
+    """(exit name, MACs, relative MACs) of leaving at every exit, for the table printed before a run."""
+    return [(name, macs, costs.relative(macs)) for name, macs in zip(network.exit_names, costs.exits, strict=True)]

@@ -1,0 +1,143 @@
+"""Heads: the small nets that turn features into logits at an exit, optionally fed by the exit before (cascade)."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rlexit.config import HeadConfig
+from rlexit.registry import Registry
+
+heads: Registry[type[Head]] = Registry("head")
+
+
+class SDNPool(nn.Module):
+    """Mixes adaptive max and average pooling by one learnt scalar: `mix * max + (1 - mix) * avg`.
+
+    Args:
+        side: (B, C, H, W) becomes (B, C, side, side).
+    Source: Kaya et al. 2019, arXiv 1810.07052; as in Zero Time Waste's code (alpha on max, not clamped).
+    """
+
+    def __init__(self, side: int) -> None:
+        super().__init__()
+        self.side = side
+        self.mix = nn.Parameter(torch.rand(()))
+
+    def forward(self, features: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels side side"]:
+        """Pools to `side` x `side`; a smaller map is repeated."""
+        largest = functional.adaptive_max_pool2d(features, self.side)
+        average = functional.adaptive_avg_pool2d(features, self.side)
+        return self.mix * largest + (1 - self.mix) * average
+
+
+class Head(nn.Module):
+    """Logits from features. `reads_previous` says whether it must be given the logits of the exit before."""
+
+    reads_previous = False
+
+    def forward(self, features: Tensor, previous: Tensor | None = None) -> Tensor:
+        """Features (B, ...) and raw logits (B, A) of the exit before, to raw logits (B, A)."""
+        raise TypeError(f"`{type(self).__name__}` must implement `forward`.")
+
+
+class CascadeInput(nn.Module):
+    """Appends the logits of the exit before to flat features; detached and normalised by default.
+
+    Source: Wolczyk et al. 2021, arXiv 2106.05409, section 3.1 (raw logits, concatenated, no gradient back).
+    """
+
+    def __init__(self, outputs: int, layer_norm: bool, stop_gradient: bool) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(outputs) if layer_norm else nn.Identity()
+        self.stop_gradient = stop_gradient
+
+    def forward(
+        self, flat: Float[Tensor, "batch width"], previous: Float[Tensor, "batch outputs"]
+    ) -> Float[Tensor, "batch joined"]:
+        """(B, width) and (B, A) to (B, width + A)."""
+        logits = previous.detach() if self.stop_gradient else previous
+        return torch.cat([flat, self.norm(logits)], dim=1)
+
+
+@heads.register("pooled_conv")
+class PooledConvHead(Head):
+    """3x3 convolution, ReLU, SDN pooling, one linear layer; the head of Zero Time Waste's policies.
+
+    Args:
+        shape: (C, H, W) of the features.
+        outputs: A, classes or actions.
+        config: see `HeadConfig`.
+        reads_previous: whether it is fed the logits of the exit before.
+    Raises:
+        ValueError: the features are no map.
+    """
+
+    def __init__(self, shape: tuple[int, ...], outputs: int, config: HeadConfig, reads_previous: bool) -> None:
+        super().__init__()
+        if len(shape) != 3:
+            raise ValueError(f"`head.kind` pooled_conv must read a (C, H, W) map, got shape {shape}. Use linear there.")
+        channels, height, width = shape
+        self.reads_previous = reads_previous
+        if config.stride:
+            self.conv: nn.Module = nn.Conv2d(channels, channels, 3, stride=config.stride)
+            height, width = ((side - 3) // config.stride + 1 for side in (height, width))
+        else:
+            self.conv = nn.Identity()
+        side = config.pool if config.upsample else min(config.pool, height, width)
+        self.pool = SDNPool(side)
+        self.cascade = CascadeInput(outputs, config.layer_norm, config.stop_gradient) if reads_previous else None
+        self.linear = nn.Linear(channels * side**2 + (outputs if reads_previous else 0), outputs)
+
+    def forward(self, features: Tensor, previous: Tensor | None = None) -> Tensor:
+        """Features (B, C, H, W) to logits (B, A)."""
+        flat = self.pool(functional.relu(self.conv(features))).flatten(1)
+        if self.cascade is not None:
+            flat = self.cascade(flat, previous)
+        return self.linear(flat)
+
+
+@heads.register("linear")
+class LinearHead(Head):
+    """One linear layer on the flattened features; for dense layers and tokens.
+
+    Args:
+        shape: (...) of the features of one row.
+        outputs: A, classes or actions.
+        config: see `HeadConfig`; only the cascade fields are read.
+        reads_previous: whether it is fed the logits of the exit before.
+    """
+
+    def __init__(self, shape: tuple[int, ...], outputs: int, config: HeadConfig, reads_previous: bool) -> None:
+        super().__init__()
+        width = 1
+        for side in shape:
+            width *= side
+        self.reads_previous = reads_previous
+        self.cascade = CascadeInput(outputs, config.layer_norm, config.stop_gradient) if reads_previous else None
+        self.linear = nn.Linear(width + (outputs if reads_previous else 0), outputs)
+
+    def forward(self, features: Tensor, previous: Tensor | None = None) -> Tensor:
+        """Features (B, ...) to logits (B, A)."""
+        flat = features.flatten(1)
+        if self.cascade is not None:
+            flat = self.cascade(flat, previous)
+        return self.linear(flat)
+
+
+class ModuleHead(Head):
+    """Any module as a head, such as the backbone's own last layer.
+
+    Args:
+        module: (B, ...) to (B, A).
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, features: Tensor, previous: Tensor | None = None) -> Tensor:
+        """The module's logits."""
+        return self.module(features)

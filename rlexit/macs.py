@@ -1,0 +1,49 @@
+"""Multiply-adds of a module on given features, counted by torch's own counter without doing the work."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.flop_counter import FlopCounterMode
+
+from rlexit.state import map_tensors
+
+_counted: weakref.WeakKeyDictionary[nn.Module, dict[Any, int]] = weakref.WeakKeyDictionary()
+
+
+def _signature(tree: Any) -> str:
+    shapes: list[str] = []
+    map_tensors(lambda leaf: shapes.append(f"{tuple(leaf.shape[1:])}{leaf.dtype}") or leaf, tree)
+    return ";".join(shapes)
+
+
+def _meta_row(leaf: Tensor) -> Tensor:
+    return torch.empty((1, *leaf.shape[1:]), dtype=leaf.dtype, device="meta")
+
+
+def macs_per_row(module: nn.Module, *inputs: Any) -> int:
+    """Multiply-adds of convolutions and linear layers that `module` executes for one row.
+
+    Norms, pooling, activations and softmax count 0, as everywhere in rlexit; they show in the latency. The module is
+    run on meta tensors, so nothing is computed, and each shape is counted once.
+
+    Args:
+        module: its `forward` is counted.
+        inputs: trees of (B, ...) tensors (or None); only the shapes are read.
+    Returns:
+        Count for one row. 1 MAC = 1 multiply-add = 2 FLOPs.
+    Source: torch.utils.flop_counter, which counts 2 per multiply-add.
+    """
+    known = _counted.setdefault(module, {})
+    key = _signature(inputs)
+    if key not in known:
+        weights = {name: value.detach().to("meta") for name, value in module.state_dict(keep_vars=True).items()}
+        rows = tuple(map_tensors(_meta_row, value) for value in inputs)
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            functional_call(module, weights, rows)
+        known[key] = counter.get_total_flops() // 2
+    return known[key]

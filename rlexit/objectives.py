@@ -1,0 +1,51 @@
+"""Losses as pure functions, unreduced: (B, K), one number per row and exit."""
+
+from __future__ import annotations
+
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+
+def kl_divergence(
+    teacher_log_probabilities: Float[Tensor, "batch outputs"],
+    student_log_probabilities: Float[Tensor, "batch exits outputs"],
+) -> Float[Tensor, "batch exits"]:
+    """KL(teacher || exit) = sum_a p_T (log p_T - log p_exit), in nats: mode-covering behaviour cloning.
+
+    Args:
+        teacher_log_probabilities: (B, A), no gradient flows into it.
+        student_log_probabilities: (B, K, A).
+    Returns:
+        (B, K). The reference divides by A as well (PyTorch's 'mean'); Adam hardly notices.
+    Source: Wolczyk et al. 2021, arXiv 2106.05409, supplement B.4.
+    """
+    teacher = teacher_log_probabilities.detach()[:, None]
+    # A probability of exactly 0 contributes 0, although its logarithm is -inf.
+    difference = (teacher.clamp_min(-1e4) - student_log_probabilities.clamp_min(-1e4)) * teacher.exp()
+    return difference.sum(dim=-1)
+
+
+def cross_entropy(
+    labels: Int[Tensor, " batch"], student_log_probabilities: Float[Tensor, "batch exits outputs"]
+) -> Float[Tensor, "batch exits"]:
+    """-log p_exit(label), in nats, for every exit.
+
+    Args:
+        labels: (B,) class or action index.
+        student_log_probabilities: (B, K, A).
+    Returns:
+        (B, K).
+    """
+    exits = student_log_probabilities.shape[1]
+    log_probabilities = student_log_probabilities.flatten(0, 1)
+    return functional.nll_loss(log_probabilities, labels.repeat_interleave(exits), reduction="none").reshape(-1, exits)
+
+
+def agreement(
+    teacher_log_probabilities: Float[Tensor, "batch outputs"],
+    student_log_probabilities: Float[Tensor, "batch exits outputs"],
+) -> Float[Tensor, "batch exits"]:
+    """1 where an exit's likeliest output is the teacher's, else 0; (B, K)."""
+    chosen = student_log_probabilities.argmax(dim=-1)
+    return (chosen == teacher_log_probabilities.argmax(dim=-1)[:, None]).float()

@@ -1,0 +1,37 @@
+"""Rules decide who leaves at an exit: a score per row, and a row leaves where its score is above the threshold.
+
+A new rule is a new file here that registers itself; the conformance tests pick it up.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from typing import Protocol
+
+from jaxtyping import Float
+from torch import Tensor
+
+from rlexit.registry import Registry
+from rlexit.state import ExitState
+
+
+class Rule(Protocol):
+    """Scores rows at an exit.
+
+    `span` is the range of scores (lowest, highest), used to lay a grid of thresholds over it. `needs_every_exit`:
+    whether heads must be built where nobody may leave, because the score reads them.
+    """
+
+    span: tuple[float, float]
+    needs_every_exit: bool
+
+    def score(self, state: ExitState) -> Float[Tensor, " batch"]:
+        """(B,) larger leaves sooner; depends on the row itself only."""
+        ...
+
+
+rules: Registry[type[Rule]] = Registry("rule")
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

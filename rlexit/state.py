@@ -1,0 +1,94 @@
+"""What a batch carries from unit to unit, by row: when rows leave, everything is re-indexed together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+def map_tensors(function: Callable[..., Tensor], tree: Any, *others: Any) -> Any:
+    """Applies a function to every tensor of a tree of tuples, lists, dicts and dataclasses.
+
+    Args:
+        function: takes one tensor of `tree` and the tensors at the same place of `others`.
+        tree: leaves that are no tensors are kept as they are.
+        others: trees of the same structure.
+    """
+    if isinstance(tree, Tensor):
+        return function(tree, *others)
+    if isinstance(tree, dict):
+        return {key: map_tensors(function, value, *(other[key] for other in others)) for key, value in tree.items()}
+    if isinstance(tree, (tuple, list)):
+        parts = [map_tensors(function, *values) for values in zip(tree, *others, strict=True)]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
+    if is_dataclass(tree) and not isinstance(tree, type):
+        names = [field.name for field in fields(tree)]
+        parts = {n: map_tensors(function, getattr(tree, n), *(getattr(o, n) for o in others)) for n in names}
+        return replace(tree, **parts)
+    return tree
+
+
+def take(tree: Any, index: Int[Tensor, " rows"]) -> Any:
+    """The given rows of every tensor of a tree, in the order of `index`."""
+    return map_tensors(lambda leaf: leaf.index_select(0, index), tree)
+
+
+def put(tree: Any, index: Int[Tensor, " rows"], part: Any) -> Any:
+    """A copy of a tree in which the given rows are replaced by those of `part`."""
+    return map_tensors(lambda leaf, new: leaf.index_copy(0, index, new), tree, part)
+
+
+@dataclass(frozen=True)
+class ExitState:
+    """A group of rows on their way through a network; every tensor is (B, ...).
+
+    Args:
+        rows: (B,) index of each row in the inputs of the call.
+        features: tree of (B, ...), what the next unit reads.
+        logits: (B, exits so far, A) raw logits; NaN at an exit that was not built for the row.
+        answer: (B, A) log-probabilities at the newest exit, after the ensemble; None before the first.
+        macs: (B,) multiply-adds really executed for the row.
+        decisions: one entry per gate met so far (see `rlexit.gates.Decision`).
+        carry: what gates keep within a pass.
+        memory: what lives across env steps; None at the start of an episode.
+        path: a static choice for the whole call, such as a width.
+        unit: the next unit.
+        exit: exits met so far.
+    """
+
+    rows: Int[Tensor, " batch"]
+    features: Any
+    logits: Float[Tensor, "batch exits outputs"]
+    answer: Float[Tensor, "batch outputs"] | None
+    macs: Int[Tensor, " batch"]
+    decisions: tuple[Any, ...] = ()
+    carry: Any = None
+    memory: Any = None
+    path: tuple[Any, ...] = ()
+    unit: int = 0
+    exit: int = 0
+
+    def __len__(self) -> int:
+        return int(self.rows.shape[0])
+
+    def select(self, index: Int[Tensor, " rows"]) -> ExitState:
+        """The same state for the given rows only; raises nothing and forgets nothing."""
+        chosen: ExitState = take(self, index)
+        return chosen
+
+    @property
+    def answered(self) -> Float[Tensor, "batch outputs"]:
+        """The answer at the newest exit; raises RuntimeError before the first exit."""
+        if self.answer is None:
+            raise RuntimeError("`state.answer` must be asked for after an exit, got a state before the first.")
+        return self.answer
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows live."""
+        return self.rows.device

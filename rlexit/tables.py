@@ -1,0 +1,221 @@
+"""Operating points as tables: for the terminal, for pages, and as CSV; and the words that go with them."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from rlexit import summary
+from rlexit.metrics import Interval
+from rlexit.pages import Table
+from rlexit.rows import LatencyRow, Row
+from rlexit.summary import Point, Verdict
+
+UNKNOWN = "-"
+BADGES = {
+    "exits": ("exits win", "good"),
+    "static": ("static is better here", "bad"),
+    "none": ("no clear difference", "open"),
+    "unknown": ("cannot tell", "open"),
+}
+
+
+def summary_rows(rows: Sequence[Row], latency: Sequence[LatencyRow] = ()) -> list[dict[str, Any]]:
+    """One dictionary per (task, method, run_seed, label) of the test rows: means, 95 % intervals, compute, latency.
+
+    Intervals are over the episodes of that one training seed. What is unknown is NaN, "" or [].
+    """
+    return [
+        {
+            "task": point.task,
+            "method": point.method,
+            "run_seed": point.run_seeds[0],
+            "label": point.label,
+            "rule": point.rule,
+            "thresholds": list(point.thresholds),
+            "target": point.target,
+            "execution": point.execution,
+            "actions": point.actions,
+            "metric": point.metric,
+            "episodes": point.episodes,
+            "mean": point.value.mean,
+            "mean_low": point.value.low,
+            "mean_high": point.value.high,
+            "normalised_return": point.normalised.mean,
+            "normalised_low": point.normalised.low,
+            "normalised_high": point.normalised.high,
+            "relative_macs": point.relative_macs.mean,
+            "macs_mean": point.macs_mean,
+            "exit_shares": list(point.exit_shares),
+            "latency_us_p50": point.latency_us_p50,
+            "latency_us_p95": point.latency_us_p95,
+            "latency_setup": str(point.setup or ""),
+            "protocol": point.protocol,
+        }
+        for point in summary.points(rows, latency, by_seed=True)
+    ]
+
+
+def summary_table(rows: Sequence[Mapping[str, Any]]) -> RichTable:
+    """What `summary_rows` found, as a table for the terminal; what is the same in all rows stands in its title."""
+    columns: dict[str, list[str]] = {
+        "task": [row["task"] for row in rows],
+        "execution": [row["execution"] for row in rows],
+        "actions": [row["actions"] for row in rows],
+        "seed": [str(row["run_seed"]) for row in rows],
+        "method": [row["method"] for row in rows],
+        "operating point": [row["label"] for row in rows],
+        "value [95%]": [interval_text(Interval(row["mean"], row["mean_low"], row["mean_high"])) for row in rows],
+        "norm.": [number(row["normalised_return"]) for row in rows],
+        "rel. MACs": [number(row["relative_macs"], 3) for row in rows],
+        "exits %": [shares_text(row["exit_shares"]) for row in rows],
+        "us p50 / p95": [times_text(row["latency_us_p50"], row["latency_us_p95"]) for row in rows],
+        "n": [str(row["episodes"]) for row in rows],
+    }
+    common = [name for name in ("task", "execution", "actions", "seed") if len(set(columns[name])) == 1]
+    title = Text(", ".join(f"{name} {columns.pop(name)[0]}" for name in common))
+    table = RichTable(box=None, header_style="bold", pad_edge=False, title=title, title_justify="left")
+    kept = {name: cells for name, cells in columns.items() if set(cells) - {"", UNKNOWN}}
+    for name in kept:
+        left = name in ("task", "execution", "actions", "method", "operating point")
+        table.add_column(name, justify="left" if left else "right", overflow="fold")
+    for line in zip(*kept.values(), strict=True):
+        table.add_row(*map(Text, line))
+    return table
+
+
+def points_table(part: Sequence[Point], folded: str = "", per_seed: bool = True) -> Table:
+    """Operating points as a table for a page; columns that say nothing are left out.
+
+    Args:
+        part: points of one metric, at least one.
+        folded: title under which the table starts closed.
+        per_seed: also list the mean of every training seed, where there are several.
+    """
+    several = per_seed and any(len(point.run_seeds) > 1 for point in part)
+    columns: list[tuple[str, list[str]]] = [
+        ("method", [point.method for point in part]),
+        ("operating point", [point.label for point in part]),
+        (f"{part[0].metric} [95%]", [interval_text(point.value) for point in part]),
+        ("normalised [95%]", [interval_text(point.normalised) for point in part]),
+        ("MACs", [macs_text(point.macs_mean).removesuffix("MACs").rstrip() for point in part]),
+        ("relative MACs", [number(point.relative_macs.mean, 3) for point in part]),
+        ("exits %", [shares_text(point.exit_shares) for point in part]),
+        ("latency us p50 / p95", [times_text(point.latency_us_p50, point.latency_us_p95) for point in part]),
+        ("n", [count_text(point) for point in part]),
+        ("per seed", [" / ".join(map(number, point.per_seed)) if several else "" for point in part]),
+    ]
+    kept = [(name, cells) for name, cells in columns if set(cells) - {"", UNKNOWN} or name in ("method", "n")]
+    return Table([name for name, _ in kept], list(zip(*(cells for _, cells in kept), strict=True)), folded=folded)
+
+
+def verdict_item(verdict: Verdict) -> tuple[str, str, str]:
+    """A verdict as an item of `pages.Bullets`: badge, kind, and the sentence with its numbers."""
+    static, exits = verdict.static, verdict.exits
+    badge, kind = BADGES[verdict.winner]
+    budget = f"at {macs_text(static.macs_mean)} per decision (static {static.label})"
+    if exits is None:
+        return badge, kind, f"{budget}: {verdict.method} has no operating point that cheap."
+    text = (
+        f"{budget}: {exits.method} {exits.label}, {macs_text(exits.macs_mean)}, reaches {number(exits.value.mean)}, "
+        f"static {number(static.value.mean)}; difference {interval_text(verdict.difference, sign=True)}"
+    )
+    if verdict.winner == "unknown":
+        return badge, kind, f"{text}; one value on a side gives no interval."
+    return badge, kind, f"{text}, P(exits score more) = {verdict.probability:.2f}."
+
+
+def caption(part: Sequence[Point]) -> str:
+    """What must stand under a picture or table of these points: seeds, episodes, execution, actions, protocol."""
+    seeds, counts = [len(point.run_seeds) for point in part], [point.episodes for point in part]
+    said = [
+        f"n = {range_text(seeds)} training seed{'s' if max(seeds) > 1 else ''}",
+        f"{range_text(counts)} episode{'s' if max(counts) > 1 else ''} per point",
+        *sorted({f"latency at {point.setup}" for point in part if point.setup}),
+        how_text(part),
+    ]
+    return "; ".join(said) + "."
+
+
+def how_text(part: Sequence[Point] | Sequence[Row]) -> str:
+    """How values came about, in one line: execution, actions and protocol."""
+    if not part:
+        return "execution, actions and protocol are not stated"
+    protocols = {each.protocol for each in part}
+    actions = sorted({each.actions for each in part if each.method != summary.RANDOM}) or ["random"]
+    protocol = f"protocol: {_protocol_text(*protocols)}" if len(protocols) == 1 else f"{len(protocols)} protocols"
+    executions = " and ".join(sorted({each.execution for each in part}))
+    return f"execution {executions}; {' and '.join(actions)} actions; {protocol}"
+
+
+def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Dictionaries with equal keys as CSV; NaN is an empty cell, a list is JSON."""
+    text = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
+    return text.getvalue()
+
+
+def number(value: float, digits: int = 2) -> str:
+    """A number with as many decimals as its size deserves; `UNKNOWN` for NaN."""
+    if math.isnan(value):
+        return UNKNOWN
+    decimals = 0 if abs(value) >= 1000 else min(1, digits) if abs(value) >= 100 else digits
+    return f"{value:z,.{decimals}f}"  # z: no -0.00
+
+
+def interval_text(interval: Interval, sign: bool = False) -> str:
+    """Such as "3.10 [2.00, 4.20]", or the mean alone where there is no interval."""
+    mean = ("+" if sign and interval.mean > 0 else "") + number(interval.mean)
+    return mean if math.isnan(interval.low) else f"{mean} [{number(interval.low)}, {number(interval.high)}]"
+
+
+def macs_text(value: float) -> str:
+    """Such as "4.12 M MACs", three digits; `UNKNOWN` for NaN."""
+    if math.isnan(value):
+        return UNKNOWN
+    scale, letter = next((pair for pair in ((1e9, "G "), (1e6, "M "), (1e3, "k ")) if value >= pair[0]), (1.0, ""))
+    return f"{value / scale:.3g} {letter}MACs"
+
+
+def shares_text(shares: Sequence[float]) -> str:
+    """Percentages per exit, "50 / 20 / 30"."""
+    return " / ".join(f"{100 * share:.0f}" for share in shares)
+
+
+def times_text(p50: float, p95: float) -> str:
+    """Two latencies in microseconds; `UNKNOWN` if not measured."""
+    return UNKNOWN if math.isnan(p50) else f"{number(p50)} / {number(p95)}"
+
+
+def count_text(point: Point) -> str:
+    """Episodes, or "3 x 30" for three training seeds of 30 episodes each."""
+    each = range_text(map(len, point.values))
+    return each if len(point.run_seeds) == 1 else f"{len(point.run_seeds)} x {each}"
+
+
+def range_text(numbers: Iterable[int]) -> str:
+    """Such as "30", or "10 to 30" where the numbers differ."""
+    found = list(numbers)
+    return str(min(found)) if min(found) == max(found) else f"{min(found)} to {max(found)}"
+
+
+def _protocol_text(protocol: str) -> str:
+    """The protocol's own switches in one line; versions and hashes are left to the full listing."""
+    block = {name: value for name, value in json.loads(protocol).items() if not isinstance(value, (dict, list))}
+    return ", ".join(f"{name} {value}" for name, value in block.items() if len(str(value)) <= 24) or "not stated"
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, list):
+        return json.dumps([each if math.isfinite(each) else str(each) for each in value])
+    return "" if isinstance(value, float) and math.isnan(value) else value
