@@ -36,8 +36,8 @@ check: $(DEV)  ## formatting, lint, types, import contracts
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-bench: $(DEV)  ## measure speed (benchmarks/); ARGS="..." for pytest
-	@$(BIN)/python -m pytest benchmarks -n 0 --benchmark-enable --benchmark-only $(ARGS)
+bench: $(DEV)  ## measure speed as ratios (benchmarks/speed.py); ARGS="training distill ..." for some
+	@$(BIN)/python benchmarks/speed.py $(ARGS)
 
 clean:  ## remove .venv, builds and caches (never runs/)
 	rm -rf $(VENV) build dist *.egg-info .benchmarks .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from agents import envs, rollouts, teacher, zoo
-from agents.backbones.nature import FRAMES, SIDE, load_sb3, nature_network
+from agents.backbones.nature import FRAMES, SIDE, initialise, load_sb3, nature_network
 from agents.config import AgentsConfig
 from agents.importers import import_sb3
 from rlexit import checkpoint
-from rlexit.distill import Act, Batches
-from rlexit.domain import Played, Split, Watch
+from rlexit.costs import cost_table
+from rlexit.domain import Act, Batches, Played, Split, Watch
 from rlexit.ensembles import ensembles
 from rlexit.exit_policy import ExitPolicy
+from rlexit.interrupts import Stopped
 from rlexit.network import StagedNetwork
 
 # Seeds of the splits are disjoint by construction: they lie in ranges that cannot meet.
@@ -85,7 +86,7 @@ class AgentsDomain:
     def accept(self, folder: Path) -> None:
         """Refuses a teacher of another game, protocol or network."""
         tensors, facts = checkpoint.load(folder, teacher.TEACHER)
-        theirs, ours = dict(facts["env"]), asdict(self.config.env)
+        theirs, ours = dict(facts.get("env") or {}), asdict(self.config.env)
         for name in ours:
             if theirs.get(name) != ours[name]:
                 raise checkpoint.CheckpointError(
@@ -105,7 +106,8 @@ class AgentsDomain:
 
     def static_networks(self, teacher_folder: Path) -> dict[str, StagedNetwork]:
         """NatureCNNs of fewer channels."""
-        return {f"width {width:g}": nature_network(self.actions, width=width) for width in self.config.distill.static_widths}
+        widths = self.config.distill.static_widths
+        return {f"width {width:g}": initialise(nature_network(self.actions, width=width)) for width in widths}
 
     def example(self) -> Tensor:
         """(1, 4, 84, 84) uint8."""
@@ -125,7 +127,7 @@ class AgentsDomain:
         """(N, 4, 84, 84) uint8 observations from calibration episodes, spread evenly over the games."""
         n_envs = self.config.evaluate.n_envs
         seen: list[np.ndarray] = []
-        jobs = [(0, episode_seed("calibration", episode)) for episode in range(n_envs)]
+        jobs = [rollouts.Job(0, episode, episode_seed("calibration", episode)) for episode in range(n_envs)]
         spacing = 16
         ticks = 0
 
@@ -144,6 +146,8 @@ class AgentsDomain:
             self.config.env, decide, jobs, network.exits, n_envs=n_envs, stop=enough, keep=keep
         ):
             pass
+        if watch.stop():
+            raise Stopped
         return torch.from_numpy(np.concatenate(seen)[:count])
 
     def play(
@@ -172,6 +176,20 @@ class AgentsDomain:
             stop=watch.stop,
             progress=lambda done, total: watch.progress(done, total, {}),
         )
+
+    def film(
+        self, network: StagedNetwork, policy: ExitPolicy, episode: int, steps: int, path_without_suffix: Path
+    ) -> list[Path]:
+        """Films the game that an evaluation plays as this test episode, exits and compute beside it."""
+        from agents import video  # draws with the plots' colours: matplotlib is slow to import and rarely needed here
+
+        full = cost_table(network, self.example()).full
+        sampled = self.config.evaluate.actions == "sampled"
+        seed, title = episode_seed("test", episode), f"{policy.label}, episode {episode}"
+        taken = video.film(
+            self.config.env, network, policy, seed, self.action_meanings, full, steps, title, sampled=sampled
+        )
+        return taken.save(path_without_suffix)
 
     def blank(self, cascade: bool) -> StagedNetwork:
         """The network with exits, untrained; for counting."""

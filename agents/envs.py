@@ -66,6 +66,7 @@ class AtariVecEnv(VecEnv):
         training: clip the rewards to their sign and end episodes at a lost life. Scores are never clipped.
         n_threads: emulator threads; results do not depend on it.
         seed: game i starts from `seed + i` at the first `reset`; None: anywhere.
+        picture: observe (B, 1, 210, 160, 3) colours for people to look at, of the very same games.
 
     Raises:
         LookupError: ale-py has no such game.
@@ -75,27 +76,19 @@ class AtariVecEnv(VecEnv):
     """
 
     def __init__(
-        self, config: EnvConfig, n_envs: int, *, training: bool, n_threads: int = 2, seed: int | None = None
+        self,
+        config: EnvConfig,
+        n_envs: int,
+        *,
+        training: bool,
+        n_threads: int = 2,
+        seed: int | None = None,
+        picture: bool = False,
     ) -> None:
         _rom_path(config.game)
         self.config = config
         self.training = training
-        self._games = AtariVectorEnv(
-            config.game,
-            n_envs,
-            num_threads=min(n_threads, n_envs),
-            max_num_frames_per_episode=config.max_frames,
-            repeat_action_probability=config.sticky,
-            full_action_space=config.full_action_space,
-            autoreset_mode=AutoresetMode.SAME_STEP,
-            frameskip=config.frame_skip,
-            stack_num=config.frame_stack,
-            noop_max=config.noop_max,
-            episodic_life=False,
-            life_loss_info=True,
-            reward_clipping=False,
-            use_fire_reset=config.fire_on_reset,
-        )
+        self._games = _emulators(config, n_envs, n_threads, picture)
         self.action_meanings = [action.name for action in self._games.ale.get_action_set()]
         self._fire = self.action_meanings.index("FIRE") if "FIRE" in self.action_meanings else None
         self.render_mode = None
@@ -155,7 +148,7 @@ class AtariVecEnv(VecEnv):
         if not self._started and chosen.size < self.num_envs:
             raise RuntimeError("`reset_games` needs started games, got none. Call `reset` first, or name all games.")
         if chosen.size == 0:
-            return np.zeros((0, self.config.frame_stack, 84, 84), dtype=np.uint8)
+            return np.zeros((0, *(self.observation_space.shape or ())), dtype=np.uint8)
         return self._start(chosen, checked)
 
     def step_async(self, actions: np.ndarray) -> None:
@@ -217,6 +210,11 @@ class AtariVecEnv(VecEnv):
         signal = np.sign(rewards) if self.training else rewards
         return np.asarray(observations), signal.astype(np.float32), dones, infos
 
+    @property
+    def fires_next(self) -> np.ndarray:
+        """(B,) bool: games that lost a life, whose next action will be FIRE in place of the one sent."""
+        return self._must_fire & (self._fire is not None)
+
     def close(self) -> None:
         """Lets the emulators and their threads go; the environment cannot be used afterwards."""
         self._started = self._stepping = False
@@ -271,6 +269,27 @@ class AtariVecEnv(VecEnv):
         self._first_frames[games] = (info["frame_number"] - info["episode_frame_number"])[games]
         started: np.ndarray = observations[games]
         return started
+
+
+def _emulators(config: EnvConfig, n_envs: int, n_threads: int, picture: bool) -> AtariVectorEnv:
+    """The emulators of a protocol; what they show has no influence on the games."""
+    colours: dict[str, Any] = {"img_height": 210, "img_width": 160, "grayscale": False, "stack_num": 1}
+    return AtariVectorEnv(
+        config.game,
+        n_envs,
+        num_threads=min(n_threads, n_envs),
+        max_num_frames_per_episode=config.max_frames,
+        repeat_action_probability=config.sticky,
+        full_action_space=config.full_action_space,
+        autoreset_mode=AutoresetMode.SAME_STEP,
+        frameskip=config.frame_skip,
+        noop_max=config.noop_max,
+        episodic_life=False,
+        life_loss_info=True,
+        reward_clipping=False,
+        use_fire_reset=config.fire_on_reset,
+        **(colours if picture else {"stack_num": config.frame_stack}),
+    )
 
 
 def _rom_path(game: str) -> Path:

@@ -61,6 +61,7 @@ _FOREIGN = (
     ("actor.", "an SAC, TD3 or DDPG"),
     ("critic.", "an SAC, TD3 or DDPG"),
 )
+_HIDDEN = "a policy with hidden layers behind its features, `net_arch`"
 _ALIASES = ("pi_features_extractor.", "vf_features_extractor.")
 _SHAPES: dict[str, tuple[int | str, ...]] = {
     "features_extractor.cnn.0.weight": (32, 4, 8, 8),
@@ -241,7 +242,7 @@ def _state_dict(data: bytes, where: str) -> dict[str, Tensor]:
         if contents.get(f"{root}byteorder") in (b"little", b"big"):
             writer.writestr("archive/byteorder", contents[f"{root}byteorder"])
         for record, content in contents.items():
-            if _STORAGE.fullmatch(record.removeprefix(root)):
+            if record.startswith(root) and _STORAGE.fullmatch(record, len(root)):
                 writer.writestr(f"archive/{record.removeprefix(root)}", content)
     copy.seek(0)
     try:
@@ -291,12 +292,11 @@ def _check_program(program: bytes, where: str) -> None:
 
 def _nature_actor(state: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     """The twelve tensors of SB3's `CnnPolicy`, or a refusal that says what else this is."""
-    for start, kind in _FOREIGN:
+    cnn = any(key.startswith("features_extractor.") for key in state)
+    for start, kind in (*_FOREIGN, ("mlp_extractor.", _HIDDEN if cnn else "an `MlpPolicy`")):
         found = next((key for key in state if key.startswith(start)), None)
         if found:
             raise ImportRefused(f"{where} is {kind} (it has `{_printable(found)}`). {_OTHERS}")
-    if not any(key.startswith("features_extractor.") for key in state):
-        raise ImportRefused(f"{where} is an `MlpPolicy` (it has no `features_extractor`). {_OTHERS}")
     sizes: dict[str, int] = {}
     actor = {}
     for key, shape in _SHAPES.items():

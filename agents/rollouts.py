@@ -86,6 +86,8 @@ def play(
         stop: asked at every step; true ends the playing.
         keep: given the (B, ...) observations of running games at every step.
     """
+    if not jobs:
+        return
     n_envs = min(n_envs, len(jobs))
     env = AtariVecEnv(config, n_envs, training=False)
     observations = env.reset()
@@ -122,7 +124,8 @@ def play(
             left, macs = result.exits.numpy(), result.macs.numpy()
             for row, slot in enumerate(active):
                 episode = running[slot]
-                assert episode is not None
+                if episode is None:
+                    continue
                 episode.decisions += 1
                 episode.macs += int(macs[row])
                 episode.exits[left[row]] += 1

@@ -74,7 +74,7 @@ class _Keeper(BaseCallback):
         if not finite:
             raise Diverged(
                 f"`train/loss` became {loss} at env step {self.num_timesteps}. The last checkpoint is kept; "
-                "lower `train.learning_rate` or set `train.precision` to fp32, then run the same command."
+                "lower `train.learning_rate` or set `train.precision` to fp32, and start over with --force."
             )
         stop = self.stop()
         if stop or time.monotonic() - self.saved_at > self.seconds:

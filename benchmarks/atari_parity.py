@@ -1,10 +1,11 @@
 """How far agents/envs.py differs from stable-baselines3's Atari wrappers, game by game.
 
-    python benchmarks/atari_parity.py --steps 2000 --out parity.md
+    python -m benchmarks.atari_parity --steps 5000 --out parity.md
 
 Both sides play the same random actions without sticky actions and no-ops. SB3's wrappers take steps of their own: FIRE
 and then action 2 at the start of a game, a NOOP before them after a lost life. Ours does not, so these steps are handed
-to it here ("frame offset"); every other step of the two is the same emulator frame and is compared.
+to it here ("frame offset"); every other step of the two ends at the same emulator frame and is compared. The last
+column hands ALE's own grey to SB3's wrappers: what is left of a difference there is not one of grey conversion.
 """
 
 from __future__ import annotations

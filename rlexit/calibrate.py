@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -80,6 +81,16 @@ def score_rows(network: StagedNetwork, rule_name: str, inputs: Any, costs: CostT
     return Scores(torch.cat(parts), costs, rule_name)
 
 
+def check_target(costs: CostTable, target: float) -> None:
+    """Raises TargetError if a compute target is below the cheapest exit, or NaN."""
+    cheapest = costs.exits[0] / costs.full
+    if not target >= cheapest:
+        raise TargetError(
+            f"`target_macs` must be at least {cheapest:.3f}, what the first exit costs, got {target:g}. "
+            "Ask for more compute, or put an exit earlier."
+        )
+
+
 def solve_macs(scores: Scores, target: float) -> float:
     """The largest threshold, shared by all early exits, whose mean compute is at most the target.
 
@@ -94,12 +105,7 @@ def solve_macs(scores: Scores, target: float) -> float:
     Raises:
         TargetError: the target is below the cheapest exit, or NaN.
     """
-    cheapest = scores.costs.exits[0] / scores.costs.full
-    if not target >= cheapest:
-        raise TargetError(
-            f"`target_macs` must be at least {cheapest:.3f}, what the first exit costs, got {target:g}. "
-            "Ask for more compute, or put an exit earlier."
-        )
+    check_target(scores.costs, target)
     seen = torch.unique(scores.early).tolist()
     if scores.relative_macs(seen[-1]) <= target:
         return float(seen[-1])
@@ -217,6 +223,9 @@ def _p_value(values: np.ndarray, least: np.ndarray) -> float:
     """One-sided p-value of "the mean of `values` is below the mean of `least`"; Welch's t-test."""
     if len(values) < 2:
         return 1.0
-    if values.std() == 0 and least.std() == 0:
-        return 0.0 if values.mean() >= least.mean() else 1.0
-    return float(stats.ttest_ind(values, least, equal_var=False, alternative="greater").pvalue)
+    if np.ptp(values) == 0 and np.ptp(least) == 0:
+        return 0.0 if values[0] >= least[0] else 1.0
+    with warnings.catch_warnings():
+        # One sample whose games all end alike has a variance of exactly 0, which scipy warns of and handles.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return float(stats.ttest_ind(values, least, equal_var=False, alternative="greater").pvalue)

@@ -175,15 +175,23 @@ def _manifest(folder: Path, name: str) -> dict[str, Any]:
         raise CheckpointError(f"`{path}` is missing.")
     if path.stat().st_size > MAX_MANIFEST_BYTES:
         raise CheckpointError(f"`{path}` must have at most {MAX_MANIFEST_BYTES} bytes, got {path.stat().st_size}.")
+    damaged = f"`{path}` is cut or no manifest of rlexit. Make the checkpoint again."
     try:
         manifest = json.loads(path.read_bytes())
         body = {key: manifest[key] for key in ("schema_version", "weights", "facts")}
-        stated = manifest["sha256"]
-        version = int(body["schema_version"])
+        version, stated = body["schema_version"], manifest["sha256"]
+        digest = sha256(canonical_json(body).encode())
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"`{path}` is cut or no manifest of rlexit. Make the checkpoint again.") from error
-    if version > SCHEMA_VERSION:
+        raise CheckpointError(damaged) from error
+    if type(version) is int and version > SCHEMA_VERSION:
         raise CheckpointError(f"`{path}` has schema {version}, this rlexit reads up to {SCHEMA_VERSION}. Update rlexit.")
-    if sha256(canonical_json(body).encode()) != stated:
+    if digest != stated:
         raise CheckpointError(f"`{path}` does not match its own SHA-256. It was altered; make the checkpoint again.")
+    # A hash shows damage, not intent: whoever wrote the manifest may have written anything.
+    weights, facts = body["weights"], body["facts"]
+    fields = {"file": str, "sha256": str, "bytes": int}
+    if type(version) is not int or version < 1 or not isinstance(facts, dict) or not isinstance(weights, dict):
+        raise CheckpointError(damaged)
+    if any(type(weights.get(name)) is not kind for name, kind in fields.items()):
+        raise CheckpointError(damaged)
     return dict(manifest)

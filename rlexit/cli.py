@@ -26,6 +26,7 @@ VERBS = {
     "doctor": "versions, ROMs, threads, extras and what is missing",
 }
 SHORTHANDS = {"--target_macs": "calibrate.target_macs", "--max_return_drop": "calibrate.max_return_drop"}
+PRINT_CONFIG = "--print_config"
 USAGE_ERROR = 2
 
 
@@ -38,6 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _dispatch(words)
+    except SystemExit as end:  # how argparse ends after --help
+        return int(end.code or 0)
+    except KeyboardInterrupt:
+        return 130
     except BrokenPipeError:
         return 1
     except (ValueError, LookupError, OSError, ImportError) as error:
@@ -91,8 +96,10 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _common(verb: str) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"rlexit {verb}", description=VERBS[verb], allow_abbrev=False, exit_on_error=False,
+    from rlexit.settings import Parser
+
+    parser = Parser(
+        prog=f"rlexit {verb}", description=VERBS[verb], allow_abbrev=False,
         epilog=f"All settings: rlexit {verb} NAME --print_config",
     )
     if verb != "import":
@@ -113,15 +120,14 @@ def _common(verb: str) -> argparse.ArgumentParser:
 
 
 def _run_verb(verb: str, words: list[str]) -> int:
-    parser = _common(verb)
-    try:
-        options, settings = parser.parse_known_args(words)
-    except argparse.ArgumentError as error:
-        raise ValueError(f"{error}. `rlexit {verb} --help` shows the usage.") from error
-    from rlexit.settings import locate, resolve
+    options, settings = _common(verb).parse_known_args(words)
+    from rlexit.settings import locate, resolve, to_yaml
 
     place = locate(options.name, options.out)
-    config = resolve(place, [_shorthand(word) for word in settings])
+    config = resolve(place, [_shorthand(word) for word in settings if word != PRINT_CONFIG])
+    if PRINT_CONFIG in settings:
+        sys.stdout.write(to_yaml(config))
+        return 0
     if options.threads is not None and options.threads < 1:
         raise ValueError(f"`--threads` must be at least 1, got {options.threads}.")
     seeds = options.seeds if options.seeds is not None else [place.seed]

@@ -71,12 +71,16 @@ class DistillConfig:
         ensemble_steps: further samples on which the ensembles are fitted.
         batch_size: of a minibatch.
         epochs: passes over each collected buffer.
-        learning_rate: of Adam in the first tenth; a tenth of it until three quarters, a hundredth after.
+        learning_rate: of Adam, at first.
+        decay_at: shares of the steps after which the rate falls to a tenth and to a hundredth.
         label_weight: weight of the cross-entropy to the teacher's likeliest output; the rest is KL(teacher || exit).
         reference: repeat the official code's deviations that change numbers: every environment is driven by the first
             one's action, the KL is divided by the number of outputs, ensembles are trained by Adam while acting.
         checkpoint_buffers: collected buffers between checkpoints; games restart there, so that a resumed run is equal.
+        precision: of the convolutions and dense layers while training; weights, losses and everything else are fp32.
         static_widths: `static` only: channel multipliers of the small networks.
+        static_learning_rate: `static` only: in place of `learning_rate`, which is made for small heads.
+        static_decay_at: `static` only: in place of `decay_at`, likewise.
     """
 
     steps: int = 1_000_000
@@ -84,15 +88,24 @@ class DistillConfig:
     batch_size: int = 256
     epochs: int = 5
     learning_rate: float = 0.01
+    decay_at: tuple[float, float] = (0.1, 0.75)
     label_weight: float = 0.0
     reference: bool = False
     checkpoint_buffers: int = 25
+    precision: str = "bf16"
     static_widths: tuple[float, ...] = (0.5, 0.25)
+    static_learning_rate: float = 0.0005
+    static_decay_at: tuple[float, float] = (0.7, 0.9)
 
     def __post_init__(self) -> None:
         for name in ("steps", "ensemble_steps", "batch_size", "epochs", "checkpoint_buffers"):
             require(getattr(self, name) >= 1, f"distill.{name}", "be at least 1", getattr(self, name))
         require(0 < self.learning_rate < 1, "distill.learning_rate", "be between 0 and 1", self.learning_rate)
+        require(0 < self.static_learning_rate < 1, "distill.static_learning_rate", "be in (0, 1)", self.static_learning_rate)
+        require(self.precision in ("bf16", "fp32"), "distill.precision", "be bf16 or fp32", self.precision)
+        for name in ("decay_at", "static_decay_at"):
+            first, second = getattr(self, name)
+            require(0 <= first <= second <= 1, f"distill.{name}", "be two rising shares in [0, 1]", (first, second))
         require(0 <= self.label_weight <= 1, "distill.label_weight", "be in [0, 1]", self.label_weight)
         require(
             all(0 < width <= 1 for width in self.static_widths), "distill.static_widths", "be in (0, 1]", self.static_widths
@@ -182,5 +195,6 @@ class CoreConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
     def __post_init__(self) -> None:
+        require(bool(self.methods), "methods", f"name at least one of {', '.join(METHODS)}", self.methods)
         for name in self.methods:
             require(name in METHODS, "methods", f"be of {', '.join(METHODS)}", name)

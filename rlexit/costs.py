@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from rlexit.gates import Gate
 from rlexit.network import StagedNetwork
 from rlexit.state import map_tensors
 
@@ -19,8 +20,8 @@ class CostTable:
     Args:
         units: unit name to MACs.
         heads: exit name to MACs.
-        exits: MACs of leaving at each exit, all heads before it included.
-        full: MACs of the network without added heads: what `relative_macs` is relative to.
+        exits: MACs of leaving at each exit, all heads and gates before it included.
+        full: MACs of the network without added heads and gates: what `relative_macs` is relative to.
     """
 
     units: dict[str, int]
@@ -50,9 +51,13 @@ def cost_table(network: StagedNetwork, inputs: Any) -> CostTable:
     heads: dict[str, int] = {}
     exits: list[int] = []
     while not network.finished(state):
+        name = network.unit_names[state.unit]
+        if name in network.gates:
+            gate: Gate = network.gates[name]  # type: ignore[assignment]
+            state = replace(state, macs=state.macs + gate.macs(state))
         before = state.macs
         state = network.advance(state)
-        units[network.unit_names[state.unit - 1]] = int(state.macs - before)
+        units[name] = int(state.macs - before)
         if network.at_exit(state):
             before = state.macs
             state = network.answer(state)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from importlib import import_module, metadata, util
 from pathlib import Path
@@ -17,7 +19,7 @@ from rlexit import __version__
 from rlexit.config import METHODS, CoreConfig
 from rlexit.registry import unknown
 from rlexit.resources import config_files
-from rlexit.settings import CONFIG, DOMAINS, Place, to_yaml
+from rlexit.settings import CONFIG, DOMAINS, Parser, Place
 
 LISTS = ("configs", "games", "methods", "rules", "runs")
 EXTRAS = {"vision": ("datasets", "kornia"), "export": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",), "cluster": ("ray",)}
@@ -25,7 +27,8 @@ EXTRAS = {"vision": ("datasets", "kornia"), "export": ("onnx", "onnxscript", "on
 
 def console() -> Console:
     """Where everything is printed; wide enough for tables where it is no terminal."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 140, soft_wrap=not sys.stdout.isatty())
+    # No markup: a path or a list of thresholds may look like it.
+    return Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 140, soft_wrap=not sys.stdout.isatty())
 
 
 def work(verb: str, options: argparse.Namespace, config: CoreConfig, place: Place, seeds: Sequence[int]) -> int:
@@ -47,14 +50,11 @@ def work(verb: str, options: argparse.Namespace, config: CoreConfig, place: Plac
             if options.dry_run:
                 _plan(sessions[0])
                 return 0
-            from rlexit.checkpoint import write_atomic
-
-            write_atomic(place.root / CONFIG, to_yaml(config).encode())
             for session in sessions:
                 WORK[verb](session, options)
         except Stopped:
-            out.print("stopped at a safe point; everything is saved. Go on with the same command:")
-            out.print(f"  rlexit {' '.join(sys.argv[1:])}")
+            out.print("stopped at a safe point; what was saved is intact. Go on with the same command:")
+            out.print(f"  rlexit {shlex.join(sys.argv[1:])}")
             return 128 + (stop.signum or 0)
     if verb in ("run", "evaluate"):
         _report([place.root], place.root / "report", out)
@@ -96,10 +96,17 @@ def _train(session: Any, options: argparse.Namespace) -> None:
 
 
 def _import(session: Any, options: argparse.Namespace) -> None:
+    from rlexit.runfolder import FolderError
+
+    # First elsewhere: a file that is refused must leave everything as it is.
+    with tempfile.TemporaryDirectory() as scratch:
+        session.domain.adopt(options.sb3, Path(scratch))
     stage = session.stage("train")
-    if stage.begin(session.force):
+    if session.begin(stage):
         session.domain.adopt(options.sb3, session.teacher)
         stage.finish({"imported": options.sb3.name})
+    elif stage.result().get("imported") != options.sb3.name:
+        raise FolderError(f"`{session.teacher}` holds another teacher. Use --force to replace it, or another --out.")
     session.console.print(f"teacher    {session.teacher}")
 
 
@@ -162,7 +169,7 @@ def _report(runs: Sequence[Path], folder: Path, out: Console, allow_mixed: bool 
 
 def report_verb(words: Sequence[str]) -> int:
     """`rlexit report RUNS... [--out FOLDER] [--allow-mixed]`."""
-    parser = argparse.ArgumentParser(prog="rlexit report", description="tables, plots and one HTML page", allow_abbrev=False)
+    parser = Parser(prog="rlexit report", description="tables, plots and one HTML page", allow_abbrev=False)
     parser.add_argument("runs", metavar="RUNS", nargs="+", help="run folders, or folders of them")
     parser.add_argument("--out", type=Path, default=None, help="default: report/ in the first run folder")
     parser.add_argument("--allow-mixed", action="store_true", help="put different protocols side by side")
@@ -174,7 +181,7 @@ def report_verb(words: Sequence[str]) -> int:
 
 def list_verb(words: Sequence[str]) -> int:
     """`rlexit list [configs|games|methods|rules|runs]`."""
-    parser = argparse.ArgumentParser(prog="rlexit list", description="what there is", allow_abbrev=False)
+    parser = Parser(prog="rlexit list", description="what there is", allow_abbrev=False)
     parser.add_argument("what", nargs="?", default="configs", help=", ".join(LISTS))
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
     options = parser.parse_args(words)
@@ -206,7 +213,7 @@ def _comment(path: Path) -> str:
 
 def doctor_verb(words: Sequence[str]) -> int:
     """`rlexit doctor`: what is here, what is missing, and how to get it."""
-    argparse.ArgumentParser(prog="rlexit doctor", description=doctor_verb.__doc__).parse_args(words)
+    Parser(prog="rlexit doctor", description=doctor_verb.__doc__).parse_args(words)
     import torch
 
     out = console()

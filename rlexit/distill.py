@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rlexit import checkpoint
 from rlexit.config import DistillConfig
+from rlexit.domain import Batches
 from rlexit.ensembles import Ensemble, fit_ensemble
 from rlexit.interrupts import Diverged, Stopped
 from rlexit.network import StagedNetwork
@@ -20,21 +21,6 @@ from rlexit.objectives import agreement, cross_entropy, kl_divergence
 from rlexit.runlog import RunLog
 
 STATE = "state"
-
-Act = Callable[[Any], Tensor]
-
-
-class Batches(Protocol):
-    """Where samples come from: a domain collects one buffer after the other, driven by `act`."""
-
-    def __call__(self, act: Act, first: int) -> Iterator[int]:
-        """Yields the number of samples of each buffer, starting afresh (new games) at buffer `first`.
-
-        `act` takes (B, ...) raw inputs and returns (B, A) log-probabilities to act on; it has to be called on every
-        sample that is to be learnt from. A fresh start must depend on `first` only, so that a resumed run is equal.
-        """
-        ...
-
 
 class Student(nn.Module):
     """What learns: reads features that are computed once per sample, answers at every exit.
@@ -75,9 +61,9 @@ class ExitStudent(Student):
 
     @torch.no_grad()
     def observe(self, inputs: Any) -> tuple[list[Tensor], Float[Tensor, "batch outputs"]]:
-        """Tapped features of the early exits, and the last exit's log-probabilities."""
+        """What the early heads read, and the last exit's log-probabilities."""
         *early, last = self.network.taps(inputs)
-        return early, self.network.head(self.network.exits - 1)(last).log_softmax(dim=-1)
+        return self.network.gather(early), self.network.head(self.network.exits - 1)(last).log_softmax(dim=-1)
 
     def logits(self, features: Sequence[Tensor]) -> Float[Tensor, "batch exits outputs"]:
         """Raw logits of the early exits, cascade included."""
@@ -146,8 +132,9 @@ def loss_of(config: DistillConfig) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def learning_rate(config: DistillConfig, done: float) -> float:
-    """Adam's rate after a share `done` of all updates: full, a tenth from 10 %, a hundredth from 75 %."""
-    return config.learning_rate * (1.0 if done < 0.1 else 0.1 if done < 0.75 else 0.01)
+    """Adam's rate after a share `done` of all updates: full, then a tenth, then a hundredth."""
+    first, second = config.decay_at
+    return config.learning_rate * (1.0 if done < first else 0.1 if done < second else 0.01)
 
 
 class Distiller:
@@ -159,7 +146,7 @@ class Distiller:
         config: settings.
         folder: for checkpoints and curves.
         seed: of exits drawn and minibatches; the domain seeds its own games.
-        stop: asked between two buffers; a true answer saves and raises Stopped.
+        stop: asked between two buffers; a true answer raises Stopped, and the last checkpoint is where it goes on.
         progress: told (samples so far, samples in all, facts).
     """
 
@@ -202,7 +189,7 @@ class Distiller:
         Returns:
             Last values of the curves, by tag.
         Raises:
-            Stopped: `stop` answered true; the state is saved.
+            Stopped: `stop` answered true.
             Diverged: a loss is NaN or infinite; the last checkpoint is healthy.
         """
         for parameter in self.student.parameters():
@@ -240,13 +227,14 @@ class Distiller:
                 facts = self._update(features, teacher, in_heads)
             self._log(log, facts)
             self.progress(self.samples, self.total, facts)
-            if self.samples >= self.total or (fitting and self.stop()):
+            if self.samples >= self.total:
                 break
             changes_stage = in_heads and self._in_ensemble_stage
-            if not fitting and (changes_stage or self.stop() or self.buffers % self.config.checkpoint_buffers == 0):
+            if not fitting and (changes_stage or self.buffers % self.config.checkpoint_buffers == 0):
                 break
-        if fitting and self.stop():
-            raise Stopped
+            if self.stop():
+                # Not saved: games restart at checkpoints, and one more of them would change what follows.
+                raise Stopped
         if fitting:
             facts = self._fit(torch.cat([part for part, _ in cached]), torch.cat([part for _, part in cached]))
             self._log(log, facts)
@@ -289,7 +277,9 @@ class Distiller:
         for epoch in range(self.config.epochs):
             order = torch.randperm(len(teacher), generator=self.generator).to(teacher.device)
             for index in order.split(self.config.batch_size):
-                answers = self.student.logits([part[index] for part in features]).log_softmax(dim=-1)
+                with torch.autocast(teacher.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+                    logits = self.student.logits([part[index] for part in features])
+                answers = logits.float().log_softmax(dim=-1)
                 if not in_heads:
                     answers = self.student.ensemble.combine_all(answers.detach())
                 losses = self.loss(teacher[index], answers)
@@ -302,7 +292,7 @@ class Distiller:
         if not bool(torch.isfinite(losses).all()):
             raise Diverged(
                 f"`distill/kl` became {losses.tolist()} after {self.samples} samples. The last checkpoint is kept; "
-                "lower `distill.learning_rate` and run the same command."
+                "lower `distill.learning_rate` and start over with --force."
             )
         return _facts(losses, agreements)
 

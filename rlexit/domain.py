@@ -5,18 +5,31 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from torch import Tensor
 
 from rlexit.config import CoreConfig
-from rlexit.distill import Batches
 from rlexit.exit_policy import ExitPolicy
 from rlexit.network import StagedNetwork
 
 Split = Literal["calibration", "test"]
 Progress = Callable[[int, int, dict[str, float]], None]
+Act = Callable[[Any], Tensor]
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """Where samples come from: a domain collects one buffer after the other, driven by `act`."""
+
+    def __call__(self, act: Act, first: int) -> Iterator[int]:
+        """Yields the number of samples of each buffer, starting afresh (new games) at buffer `first`.
+
+        `act` takes (B, ...) raw inputs and returns (B, A) log-probabilities to act on; it has to be called on every
+        sample that is to be learnt from. A fresh start must depend on `first` only, so that a resumed run is equal.
+        """
+        ...
 
 
 @dataclass
@@ -52,6 +65,7 @@ class Watch:
     progress: Progress = lambda done, total, facts: None
 
 
+@runtime_checkable
 class Domain(Protocol):
     """One task with its config.
 
@@ -100,6 +114,12 @@ class Domain(Protocol):
         watch: Watch,
     ) -> Iterator[Played]:
         """Plays (policy index, episode index) jobs on the seeds of a split; without a network, at random."""
+        ...
+
+    def film(
+        self, network: StagedNetwork, policy: ExitPolicy, episode: int, steps: int, path_without_suffix: Path
+    ) -> list[Path]:
+        """Writes one test episode, or its first `steps` decisions, as animations: a WebP and a GIF, in this order."""
         ...
 
     def protocol(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from rlexit.checkpoint import canonical_json
 from rlexit.costs import CostTable
 from rlexit.domain import Domain, Played, Split, Watch
 from rlexit.exit_policy import ExitPolicy
+from rlexit.interrupts import Stopped
 from rlexit.network import StagedNetwork
 from rlexit.rows import LatencyRow, Row, append_rows, read_rows, write_rows
 from rlexit.runfolder import machine
@@ -51,7 +52,7 @@ def evaluate(
     """Plays every operating point for the same episodes and writes one row per episode to `path`.
 
     Rows are appended as episodes end, so a killed evaluation goes on where it was; at the end they are sorted, so the
-    file is the same whatever happened in between.
+    file is the same whatever happened in between. Several subjects may share a file.
 
     Args:
         domain: plays.
@@ -63,12 +64,18 @@ def evaluate(
         watch: stop and progress.
     Returns:
         All rows of the file.
+    Raises:
+        Stopped: `watch` says so; the episodes that ended are in the file.
     """
     found = [row for row in read_rows(path) if row.split == split] if path.exists() else []
     done = {(row.method, row.label, row.run_seed, row.episode) for row in found}
     rules = list(dict.fromkeys(policy.rule for policy in subject.policies))
     total = len(subject.policies) * episodes
-    counted = len(done)
+    counted = sum(
+        (method_name(subject.method, policy.rule), policy.label, subject.run_seed, episode) in done
+        for policy in subject.policies
+        for episode in range(episodes)
+    )
     for rule in rules:
         policies = [policy for policy in subject.policies if policy.rule == rule]
         # Recorded games come first, so that a picture of an episode exists early.
@@ -80,18 +87,24 @@ def evaluate(
             for index, policy in enumerate(policies)
             if (name, policy.label, subject.run_seed, episode) not in done
         ]
-        record = sum(1 for policy in policies if policy.provenance) if steps is not None else 0
+        if not jobs:
+            continue
+        recorded = [episode == 0 and bool(policies[index].provenance) for index, episode in jobs]
+        record = sum(recorded) if steps is not None else 0
         before = counted
         inner = replace(watch, progress=lambda n, _, facts, before=before: watch.progress(before + n, total, facts))
         for played in domain.play(subject.network, policies, jobs, split, record, inner):
             row = _row(domain, subject, policies[played.policy], played, split)
+            # Before the row: an episode whose row is there is never played again.
+            if steps is not None and played.steps:
+                _save_steps(steps / f"steps_{name}_{row.label}_{played.episode}.npz", played)
             append_rows(path, [row])
             found.append(row)
             counted += 1
-            if steps is not None and played.steps:
-                _save_steps(steps / f"steps_{name}_{row.label}_{played.episode}.npz", played)
+    if counted < total:  # a domain ends its playing early only when it is told to
+        raise Stopped
     found.sort(key=lambda row: (row.task, row.method, row.run_seed, row.rule, row.label, row.episode))
-    if counted == total:
+    if found:
         write_rows(path, found)
     return found
 

@@ -73,9 +73,10 @@ class ExitPolicy:
         """The inverse of `to_json`; raises ValueError if a field is missing or of a wrong type."""
         try:
             thresholds = tuple(float(threshold) for threshold in value["thresholds"])
-            return cls(str(value["rule"]), thresholds, str(value["label"]), dict(value["provenance"]))
-        except (KeyError, TypeError) as error:
+            rule, label, provenance = str(value["rule"]), str(value["label"]), dict(value["provenance"])
+        except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"`exit policy` must have rule, thresholds, label, provenance, got {value}.") from error
+        return cls(rule, thresholds, label, provenance)
 
 
 def threshold_rows(policies: Sequence[ExitPolicy], exits: int) -> Float[Tensor, "rows early"]:
@@ -92,4 +93,4 @@ def threshold_rows(policies: Sequence[ExitPolicy], exits: int) -> Float[Tensor, 
             )
     if len({policy.rule for policy in policies}) > 1:
         raise ValueError(f"`rule` must be the same within a batch, got {sorted({policy.rule for policy in policies})}.")
-    return torch.tensor([policy.thresholds for policy in policies], dtype=torch.float32).reshape(-1, exits - 1)
+    return torch.tensor([policy.thresholds for policy in policies], dtype=torch.float32).reshape(len(policies), exits - 1)

@@ -22,7 +22,14 @@ def _signature(tree: Any) -> str:
 
 
 def _meta_row(leaf: Tensor) -> Tensor:
-    return torch.empty((1, *leaf.shape[1:]), dtype=leaf.dtype, device="meta")
+    # Under autocast features may be of another precision than the weights; for counting they need not be.
+    dtype = torch.get_default_dtype() if leaf.is_floating_point() else leaf.dtype
+    return torch.empty((1, *leaf.shape[1:]), dtype=dtype, device="meta")
+
+
+def _meta(weight: Tensor) -> Tensor:
+    dtype = torch.get_default_dtype() if weight.is_floating_point() else weight.dtype
+    return torch.empty_like(weight, dtype=dtype, device="meta")
 
 
 def macs_per_row(module: nn.Module, *inputs: Any) -> int:
@@ -41,7 +48,8 @@ def macs_per_row(module: nn.Module, *inputs: Any) -> int:
     known = _counted.setdefault(module, {})
     key = _signature(inputs)
     if key not in known:
-        weights = {name: value.detach().to("meta") for name, value in module.state_dict(keep_vars=True).items()}
+        named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        weights = {name: value.detach().to("meta") for name, value in named.items()}
         rows = tuple(map_tensors(_meta_row, value) for value in inputs)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             functional_call(module, weights, rows)

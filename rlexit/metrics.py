@@ -10,13 +10,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy import integrate, stats
 
 RESAMPLES = 2000
 _CELLS_PER_BATCH = 1_000_000  # bounds the memory of a bootstrap over a large evaluated set
 
 Statistic = Callable[..., Any]
+Values = Sequence[float] | NDArray[Any]
 
 
 class Interval(NamedTuple):
@@ -30,7 +31,7 @@ class Interval(NamedTuple):
 NOTHING = Interval(float("nan"), float("nan"), float("nan"))
 
 
-def iqm(values: ArrayLike, axis: int = -1) -> Any:
+def iqm(values: Values, axis: int = -1) -> Any:
     """Interquartile mean: the mean of the middle half.
 
     Args:
@@ -41,9 +42,7 @@ def iqm(values: ArrayLike, axis: int = -1) -> Any:
     return stats.trim_mean(np.asarray(values, dtype=float), 0.25, axis=axis)
 
 
-def mean_interval(
-    values: ArrayLike, confidence: float = 0.95, seed: int = 0, weights: ArrayLike | None = None
-) -> Interval:
+def mean_interval(values: Values, confidence: float = 0.95, seed: int = 0, weights: Values | None = None) -> Interval:
     """Mean with a percentile bootstrap interval over the values.
 
     Args:
@@ -68,7 +67,7 @@ def mean_interval(
 
 
 def stratified_interval(
-    strata: Sequence[ArrayLike], statistic: Statistic = iqm, confidence: float = 0.95, seed: int = 0
+    strata: Sequence[Values], statistic: Statistic = iqm, confidence: float = 0.95, seed: int = 0
 ) -> Interval:
     """A statistic of all values, with an interval that resamples within each stratum (game), never across.
 
@@ -93,7 +92,7 @@ def stratified_interval(
     return _bootstrap(tuple(games), pooled, confidence, seed)
 
 
-def difference_interval(x: ArrayLike, y: ArrayLike, confidence: float = 0.95, seed: int = 0) -> Interval:
+def difference_interval(x: Values, y: Values, confidence: float = 0.95, seed: int = 0) -> Interval:
     """mean(x) - mean(y) of two independent samples with a bootstrap interval, NaN where a side has one value."""
 
     def difference(left: NDArray[Any], right: NDArray[Any], axis: int = -1) -> Any:
@@ -103,7 +102,7 @@ def difference_interval(x: ArrayLike, y: ArrayLike, confidence: float = 0.95, se
     return NOTHING if min(map(len, samples)) == 0 else _bootstrap(samples, difference, confidence, seed)
 
 
-def normalised_return(value: ArrayLike, random: float, teacher: float) -> Any:
+def normalised_return(value: float | Values, random: float, teacher: float) -> Any:
     """(value - random) / (teacher - random): 0 acts like chance, 1 like the teacher.
 
     Returns:
@@ -113,7 +112,7 @@ def normalised_return(value: ArrayLike, random: float, teacher: float) -> Any:
     return (np.asarray(value, dtype=float) - random) / (span if span != 0 else float("nan"))
 
 
-def performance_profile(scores: Sequence[ArrayLike], taus: ArrayLike) -> NDArray[np.float64]:
+def performance_profile(scores: Sequence[Values], taus: Values) -> NDArray[np.float64]:
     """Share of runs that score more than tau, averaged over games.
 
     Args:
@@ -131,7 +130,7 @@ def performance_profile(scores: Sequence[ArrayLike], taus: ArrayLike) -> NDArray
     return shares
 
 
-def probability_of_improvement(x: ArrayLike, y: ArrayLike) -> float:
+def probability_of_improvement(x: Values, y: Values) -> float:
     """Chance that a run of x scores more than a run of y, ties counting half; one game. NaN if a side is empty."""
     left, right = _flat("x", x), _flat("y", y)
     if left.size == 0 or right.size == 0:
@@ -141,7 +140,9 @@ def probability_of_improvement(x: ArrayLike, y: ArrayLike) -> float:
     return float(wins) / (left.size * right.size)
 
 
-def hindsight_improvability(predictions: ArrayLike, labels: ArrayLike) -> NDArray[np.float64]:
+def hindsight_improvability(
+    predictions: Sequence[Sequence[int]] | NDArray[Any], labels: Sequence[int] | NDArray[Any]
+) -> NDArray[np.float64]:
     """Of the rows that exit m gets wrong, the share that an earlier exit had right; lower is better.
 
     Args:
@@ -166,7 +167,7 @@ def hindsight_improvability(predictions: ArrayLike, labels: ArrayLike) -> NDArra
     return shares
 
 
-def area_under_curve(relative_macs: ArrayLike, value: ArrayLike) -> float:
+def area_under_curve(relative_macs: Values, value: Values) -> float:
     """Trapezoid area under value against compute, over the range of compute that was measured.
 
     Args:
@@ -184,7 +185,7 @@ def area_under_curve(relative_macs: ArrayLike, value: ArrayLike) -> float:
     return float(integrate.trapezoid(height[order], cost[order]))
 
 
-def _flat(name: str, values: ArrayLike) -> NDArray[np.float64]:
+def _flat(name: str, values: Values) -> NDArray[np.float64]:
     data = np.asarray(values, dtype=float)
     if data.ndim != 1:
         raise ValueError(f"`{name}` must have one axis, got shape {data.shape}. Give one value per run or episode.")

@@ -43,9 +43,9 @@ class StagedNetwork(nn.Module):
         exits: unit names to heads; the last unit must have one, the backbone's own.
         outputs: A, classes or actions.
         ensemble: combines the exits; none by default.
-        gates: unit names to gates before them.
+        gates: unit names to gates before them; one that may choose action 0 needs a unit with a skip path.
     Raises:
-        ValueError: an exit or gate names no unit, the last unit has no exit, or a gated unit has no skip path.
+        ValueError: an exit or gate names no unit, the last unit has no exit, or the first head reads logits.
     """
 
     def __init__(
@@ -185,16 +185,19 @@ class StagedNetwork(nn.Module):
         """The memory that a row takes to its next step when it leaves; unchanged by default."""
         return state.memory
 
-    def read(self, taps: Sequence[Tensor]) -> Float[Tensor, "batch exits outputs"]:
-        """Raw logits of the exits from tapped features, cascade included; for training heads on cached features.
+    def gather(self, taps: Sequence[Tensor]) -> list[Tensor]:
+        """The weightless part of the first heads' work on tapped features, to be done once per sample."""
+        return [self.head(exit).gather(features) for exit, features in enumerate(taps)]
+
+    def read(self, gathered: Sequence[Tensor]) -> Float[Tensor, "batch exits outputs"]:
+        """Raw logits of the first exits, cascade included, from what `gather` kept; for training heads.
 
         Args:
-            taps: features (B, ...) of the first exits, as many as are wanted.
+            gathered: of the first exits, as many as are wanted.
         """
         logits: list[Tensor] = []
-        for exit, features in enumerate(taps):
-            head = self.head(exit)
-            logits.append(head(features, logits[-1]) if head.reads_previous else head(features))
+        for exit, kept in enumerate(gathered):
+            logits.append(self.head(exit).from_gathered(kept, logits[-1] if logits else None))
         return torch.stack(logits, dim=1)
 
     def combine(self, logits: Float[Tensor, "batch exits outputs"]) -> Float[Tensor, "batch exits outputs"]:
@@ -236,7 +239,8 @@ class StagedNetwork(nn.Module):
         answers: list[Tensor] = []
         expected = torch.zeros(len(state), device=state.device)
         while not self.finished(state):
-            given = decisions[len(state.decisions)] if decisions is not None else None
+            gated = self.unit_names[state.unit] in self.gates
+            given = decisions[len(state.decisions)] if decisions is not None and gated else None
             state, decision = self.decide(state, mode, given, generator)
             before = state.macs
             state = self.advance(state, decision, dense=True)

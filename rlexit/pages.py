@@ -98,10 +98,11 @@ def _markdown(block: Block, folder: Path) -> str:
         case Heading(text, level):
             return f"{'#' * level} {_escape(text)}"
         case Paragraph(text, kind):
-            return f"> {_escape(text)}" if kind == "note" else _escape(text)
+            return f"> {_escape_start(text)}" if kind == "note" else _escape_start(text)
         case Bullets(items):
             return "\n".join(
-                f"- {f'**{_escape(badge)}**: ' if badge else ''}{_escape(text)}" for badge, _, text in items
+                f"- **{_escape(badge)}**: {_escape(text)}" if badge else f"- {_escape_start(text)}"
+                for badge, _, text in items
             )
         case Table(header, rows, names, folded):
             rule = ["---" if column < names else "---:" for column in range(len(header))]
@@ -163,11 +164,15 @@ def _data_uri(path: Path) -> str:
 
 
 def _escape(text: str) -> str:
-    """Text that Markdown shows as it is, also in a table cell; HTML in it stays text."""
-    text = re.sub(r"[\\`*\[\]|~$]", r"\\\g<0>", " ".join(text.split()))
-    text = re.sub(r"(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])", r"\\_", text)
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"^([#+-]|\d+(?=[.)]))", r"\\\1" if not text[:1].isdigit() else r"\1&#8203;", text)
+    """Text that Markdown shows as it is, also in a table cell: no markup, no link, no HTML, no formula."""
+    text = re.sub(r"[\\`*|~$]|](?=[(\[:])", r"\\\g<0>", " ".join(text.split()))
+    text = re.sub(r"(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])", r"\_", text)
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _escape_start(text: str) -> str:
+    """The same at the start of a block, where a list, a heading or a rule could begin."""
+    return re.sub(r"^(?:(?=[-+#=])|(\d+)(?=[.)]))", r"\1\\", _escape(text))
 
 
 _PAGE = """<!doctype html>

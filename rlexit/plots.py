@@ -23,10 +23,10 @@ from matplotlib.colors import ListedColormap, to_hex, to_rgb
 from matplotlib.figure import Figure as Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy import ndimage
 
-from rlexit.metrics import Interval
+from rlexit.metrics import Interval, Values
 from rlexit.summary import RANDOM, RANDOM_EXIT, REFERENCES, STATIC, TEACHER, Point
 
 INK, GREY, BLUE, GREEN, ORANGE = "#1a1a1a", "#8c8c8c", "#0072b2", "#009e73", "#d55e00"
@@ -116,12 +116,12 @@ def exit_shares(points: Sequence[Point], title: str = "") -> Figure:
     return figure
 
 
-def exit_timeline(exits: ArrayLike, confidences: ArrayLike, rewards: ArrayLike, title: str = "") -> Figure:
+def exit_timeline(exits: Values, confidences: Values, rewards: Values, title: str = "") -> Figure:
     """One episode: score so far, the exit taken at each step, and the confidence of the answer that was acted on.
 
     Args:
         exits: (T,) exit index per step.
-        confidences: (T,) in [0, 1]; NaN where none was computed.
+        confidences: (T,) the rule's score, mostly in [0, 1]; NaN where none was computed.
         rewards: (T,) unclipped.
         title: printed above, on the left.
     """
@@ -146,7 +146,11 @@ def exit_timeline(exits: ArrayLike, confidences: ArrayLike, rewards: ArrayLike, 
         strip.grid(visible=False)
         confidence.plot(steps, sure, ".", markersize=2.5, color="#9dbfd6", rasterized=True)
         handles += confidence.plot(steps, _running_mean(sure, 25), color=BLUE, label="mean of 25 steps")
-        confidence.set(xlim=(-0.5, end), ylim=(-0.02, 1.05), xlabel="decision (env step)", ylabel="confidence")
+        confidence.set(xlim=(-0.5, end), xlabel="decision (env step)", ylabel="confidence")
+        if np.nanmin(sure, initial=0.0) >= 0.0 and np.nanmax(sure, initial=1.0) <= 1.0:
+            confidence.set_ylim(-0.02, 1.05)
+        else:
+            confidence.set_ylabel("rule's score")
         figure.align_ylabels([score, confidence])
         _legend_below(figure, handles)
     return figure
@@ -197,7 +201,7 @@ def aggregate(bars: Sequence[tuple[str, str, Interval]], title: str = "") -> Fig
     return figure
 
 
-def profile(taus: ArrayLike, curves: Sequence[tuple[str, str, ArrayLike]], title: str = "") -> Figure:
+def profile(taus: Values, curves: Sequence[tuple[str, str, Values]], title: str = "") -> Figure:
     """Performance profile: share of runs above a normalised return, one curve per (method, operating point, shares)."""
     drawn: dict[str, int] = defaultdict(int)
     with matplotlib.rc_context(STYLE):
@@ -236,7 +240,7 @@ def _figure(height: float) -> Figure:
 def _bars(names: Sequence[tuple[str, str]], title: str) -> tuple[Figure, Axes]:
     figure = _figure(1.4 + 0.3 * max(3, len(names)))
     axes = figure.subplots()
-    axes.set_yticks(range(len(names)), [_named(*name).strip() for name in names])
+    axes.set_yticks(range(len(names)), [_named(*name) for name in names])
     axes.set_ylim(max(len(names), 3) - 0.4, -0.6)
     axes.grid(axis="y", visible=False)
     axes.set_title(title)
@@ -248,15 +252,15 @@ def _legend_below(figure: Figure, handles: Sequence[Any]) -> None:
         return
     lengths = [len(str(handle.get_label())) for handle in handles]
     for columns in range(min(4, len(handles)), 0, -1):
-        inches = sum(0.75 + 0.085 * max(part) for part in np.array_split(lengths, columns))
+        inches = sum(0.7 + 0.075 * max(part) for part in np.array_split(lengths, columns))
         if inches <= WIDTH_INCHES or columns == 1:
             figure.legend(handles=list(handles), loc="outside lower center", ncols=columns)
             return
 
 
 def _named(method: str, label: str) -> str:
-    # A leading space, for matplotlib hides labels that start with an underscore.
-    text = f" {method}  {label}".rstrip()
+    text = f"{method}  {label}".rstrip()
+    text = f" {text}" if text.startswith("_") else text  # matplotlib hides labels that start with an underscore
     return text if len(text) <= 42 else f"{text[:41]}…"
 
 
@@ -264,7 +268,7 @@ def _grids(points: Sequence[Point]) -> dict[str, dict[str, list[Point]]]:
     """Method to rule to the points of its threshold grid."""
     grids: dict[str, dict[str, list[Point]]] = defaultdict(dict)
     for point in points:
-        if point.method not in REFERENCES and point.rule and not point.target:
+        if point.method not in REFERENCES and not point.fixed and not point.target:
             grids[point.method].setdefault(point.rule, []).append(point)
     return grids
 
@@ -292,7 +296,7 @@ def _pareto_panel(axes: Axes, points: Sequence[Point], cost: Callable[[Point], I
         if point.method == RANDOM or math.isnan(x.mean):
             continue
         colour, marker = look_of(point.method, methods)
-        fill = "white" if point.method not in REFERENCES and not point.rule else colour
+        fill = "white" if point.method not in REFERENCES and point.fixed else colour
         shape = {"fmt": marker, "markersize": 13 if marker == "*" else 6.5, "markerfacecolor": fill}
         axes.errorbar(x.mean, y.mean, yerr=_bar(y), xerr=_bar(x), color=colour, elinewidth=1, capsize=2, **shape)
         if point.target:
@@ -315,7 +319,7 @@ def _pareto_handles(points: Sequence[Point]) -> list[Line2D]:
         for label, line in named or [(_named(method, ""), "none")]:
             handles.append(Line2D([], [], color=colour, marker=marker, linestyle=line, label=label))
     hollow: dict[str, Any] = {"marker": "o", "linestyle": "none", "fillstyle": "none", "color": INK}
-    if any(point.method not in REFERENCES and not point.rule for point in points):
+    if any(point.method not in REFERENCES and point.fixed for point in points):
         handles.append(Line2D([], [], label="fixed exit", **hollow))
     if any(point.target for point in points):
         handles.append(Line2D([], [], label="calibrated on other episodes", markersize=12, **hollow))

@@ -22,9 +22,9 @@ class Meter:
 
     def __init__(self, name: str, console: Console, unit: str = "") -> None:
         self.name, self.console, self.unit = name, console, unit
-        self.began = time.monotonic()
-        self.first = 0
-        self.shown = self.began
+        self.shown = time.monotonic()
+        # What a resumed stage had done before is no part of its speed.
+        self.first: tuple[int, float] | None = None
         self.bar: Progress | None = None
         self.task: TaskID | None = None
 
@@ -44,8 +44,8 @@ class Meter:
     def __call__(self, done: int, total: int, facts: dict[str, float]) -> None:
         """Tells that `done` of `total` are done, with some figures of the moment."""
         now = time.monotonic()
-        if self.task is None and self.first == 0:
-            self.first = done
+        if self.first is None:
+            self.first = done, now
         text = "  ".join(f"{name} {value:.3g}" for name, value in facts.items())
         if self.bar is not None:
             if self.task is None:
@@ -53,10 +53,11 @@ class Meter:
             self.bar.update(self.task, completed=done, total=total, facts=text)
         elif now - self.shown > LINE_SECONDS or done >= total:
             self.shown = now
-            rate = (done - self.first) / max(now - self.began, 1e-9)
-            left = f"eta {_spell((total - done) / rate)}" if rate > 0 else "eta ?"
+            begun, began = self.first
+            rate = (done - begun) / max(now - began, 1e-9)
+            left = f"eta {_spell(max(total - done, 0) / rate)}" if rate > 0 else "eta ?"
             speed = f"{rate:.0f} {self.unit}/s" if rate >= 1 else f"{rate:.2f} {self.unit}/s"
-            self.console.print(f"{self.name:<10} {done / max(total, 1):4.0%}  {done}/{total}  {speed}  {left}  {text}")
+            self.console.print(f"{self.name:<10} {min(done / max(total, 1), 1):4.0%}  {done}/{total}  {speed}  {left}  {text}")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

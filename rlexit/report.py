@@ -137,7 +137,7 @@ def _part_blocks(title: str, part: Sequence[Point], album: _Album) -> list[Block
     blocks: list[Block] = [Heading(title)]
     if len(main) < len(part) and any(point.target for point in part):
         blocks += [tables.points_table(main, per_seed=False), Paragraph(caption, "caption")]
-        blocks += [tables.points_table(part, folded=f"All {len(part)} operating points, and the mean of every seed")]
+        blocks += [tables.points_table(part, folded=f"All {len(part)} operating points, seed by seed")]
     else:
         blocks += [tables.points_table(part), Paragraph(caption, "caption")]
     found = summary.verdicts(part)
@@ -153,7 +153,7 @@ def _part_blocks(title: str, part: Sequence[Point], album: _Album) -> list[Block
         figure = plots.pareto(part, title)
         blocks.append(album.add(f"pareto-{title}", figure, f"Value against compute: {title}", caption))
     if any(point.exit_shares for point in part):
-        figure = plots.exit_shares(part, title)
+        figure, caption = plots.exit_shares(part, title), tables.caption(part, latency=False)
         blocks.append(album.add(f"exits-{title}", figure, f"Where decisions leave: {title}", caption))
     return blocks
 
@@ -179,7 +179,7 @@ def _games_blocks(shown: Sequence[Point], album: _Album) -> list[Block]:
     several = min(len(point.run_seeds) for point in of_all) > 1
     scores = {key: [_scores(found[game], several) for game in games] for key, found in whole.items()}
     unit = "training runs" if several else "episodes, as n = 1 training seed in some game"
-    caption = f"{tables.caption(of_all)} {len(games)} games, resampled within each: {unit}."
+    caption = f"{tables.caption(of_all, latency=False)} {len(games)} games, resampled within each: {unit}."
     bars = [(key[0], key[1], metrics.stratified_interval(values)) for key, values in scores.items()]
     lines = [[method, label, tables.interval_text(interval)] for method, label, interval in bars]
     figure = plots.aggregate(bars, "Interquartile mean over games")
@@ -216,7 +216,7 @@ def _episode_blocks(rows: Mapping[Path, Sequence[Row]], album: _Album) -> list[B
         drawn.add(_sisters(folder))
         name, how = _name(folder), tables.how_text(found)
         for path in steps[:1]:
-            title = f"{name}, {path.stem.replace('_', ' ')}"
+            title = f"{name}, {path.stem.removeprefix('steps_')}"
             try:
                 with np.load(path, allow_pickle=False) as arrays:
                     figure = plots.exit_timeline(arrays["exits"], arrays["confidences"], arrays["rewards"], title)
@@ -302,7 +302,8 @@ def _notes(rows: Sequence[Row], shown: Sequence[Point]) -> list[str]:
     for task in sorted({point.task for point in shown if point.metric == "score" and not point.normalised_values}):
         if task not in missing:
             notes.append(
-                f"{task}: returns are normalised only where the teacher acted in the same way (argmax, sampled)."
+                f"{task}: returns are normalised only where the teacher acted in the same way (argmax, sampled) "
+                "and does not score like the random agent."
             )
     if any(point.execution == "replay" for point in shown):
         notes.append("Points marked replay computed all exits at once: their MACs are what real exits would cost.")

@@ -34,7 +34,7 @@ class RunLog:
         lines = [",".join(HEADER), *(f"{step},{tag},{value!r}" for step, tag, value in kept)]
         write_atomic(self.path, ("\n".join(lines) + "\n").encode())
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
-        self._board = SummaryWriter(str(folder / "tb"), purge_step=resume_step + 1 if resume_step else None)
+        self._board = SummaryWriter(str(folder / "tb"), purge_step=resume_step + 1 if resume_step else 0)
 
     def scalar(self, tag: str, value: float, step: int) -> None:
         """Writes one point of a curve; a value that is not finite goes to the CSV only."""
@@ -89,12 +89,11 @@ def read_scalars(folder: Path) -> list[tuple[int, str, float]]:
     if not path.is_file():
         return []
     rows = []
-    with open(path, newline="", encoding="utf-8") as file:
-        reader = csv.reader(file)
-        next(reader, None)
-        for row in reader:
-            try:
-                rows.append((int(row[0]), row[1], float(row[2])))
-            except (IndexError, ValueError):
-                continue
+    # A line without its end may still look like a number: 0.1 of 0.125.
+    whole = path.read_text(encoding="utf-8", errors="replace").rpartition("\n")[0]
+    for row in list(csv.reader(whole.splitlines()))[1:]:
+        try:
+            rows.append((int(row[0]), row[1], float(row[2])))
+        except (IndexError, ValueError):
+            continue
     return rows

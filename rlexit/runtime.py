@@ -35,7 +35,7 @@ class RunResult:
     macs: Int[Tensor, " batch"]
     scores: Float[Tensor, "batch exits"]
     memory: Any = None
-    decisions: tuple[tuple[Int[Tensor, " rows"], Decision], ...] = ()
+    decisions: tuple[tuple[Int[Tensor, " _"], Decision], ...] = ()
 
 
 @torch.no_grad()
@@ -59,7 +59,8 @@ def run(
         exit_policy: rule and thresholds for all rows.
         inputs: (B, ...) raw inputs; B may be 0.
         thresholds: (B, K - 1) per row, in place of the policy's own.
-        budgets: (B,) most multiply-adds that each row may cost; it leaves before it would exceed them.
+        budgets: (B,) most multiply-adds that each row may cost; it leaves before it would exceed them. What a row
+            cannot go below is the first exit. Every early exit is built, also one that its threshold closes.
         steps: MACs from each exit to the next (`CostTable.steps`); needed with `budgets`.
         memory: tree of (B, ...) from the step before.
         path: a static choice for the whole call.
@@ -75,7 +76,7 @@ def run(
     shared = threshold_rows([exit_policy], network.exits)[0].tolist()
     built: list[Any] = [True] * early
     if thresholds is not None:
-        _check(thresholds, early)
+        _check(thresholds, (len(inputs), early))
         thresholds = thresholds.to(inputs.device)
     if budgets is None:
         built = _built(network, rule, shared if thresholds is None else list(thresholds.unbind(dim=1)))
@@ -96,13 +97,15 @@ def run(
             left.append(network.answer(state))
             break
         if isinstance(built[exit], Tensor):
-            state = network.answer_for(state, built[exit][state.rows])
+            wanted = built[exit][state.rows]
+            state = network.answer_for(state, wanted)
+            score = rule.score(state).masked_fill(~wanted, torch.nan)
         elif built[exit]:
             state = network.answer(state)
+            score = rule.score(state)
         else:
             state = network.pass_by(state)
             continue
-        score = rule.score(state)
         scores[state.rows, exit] = score
         leaves = score > (shared[exit] if thresholds is None else thresholds[state.rows, exit])
         if budgets is not None:
@@ -128,8 +131,12 @@ def replay(
         exit_policy: rule and thresholds for all rows.
         inputs: (B, ...) raw inputs.
         thresholds: (B, K - 1) per row, in place of the policy's own.
+    Raises:
+        ValueError: the number of thresholds does not fit the network, or one is NaN.
     """
     rule = exit_policy.scorer
+    if thresholds is not None:
+        _check(thresholds, (len(inputs), network.exits - 1))
     state = network.begin(inputs)
     limits = threshold_rows([exit_policy], network.exits) if thresholds is None else thresholds
     limits = limits.to(state.device).expand(len(state), network.exits - 1)
@@ -149,9 +156,9 @@ def replay(
     return RunResult(chosen, exits, state.macs, scores, network.remember(state))
 
 
-def _check(thresholds: Float[Tensor, "batch early"], early: int) -> None:
-    if thresholds.shape[1] != early:
-        raise ValueError(f"`thresholds` must be (B, {early}), got {tuple(thresholds.shape)}.")
+def _check(thresholds: Float[Tensor, "rows limits"], shape: tuple[int, int]) -> None:
+    if thresholds.shape != shape:
+        raise ValueError(f"`thresholds` must be {shape}, got {tuple(thresholds.shape)}. Give one per row and early exit.")
     if bool(thresholds.isnan().any()):
         raise ValueError("`thresholds` must be numbers, got nan. Use inf to close an exit.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import difflib
 import re
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
@@ -38,6 +39,14 @@ class Place:
     root: Path
     methods: tuple[str, ...] = ()
     seed: int = 0
+
+
+class Parser(argparse.ArgumentParser):
+    """Complains by ValueError, so that a misspelt command is answered with one line like any other bad input."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises ValueError with argparse's complaint."""
+        raise ValueError(f"{message}. `{self.prog} --help` shows the usage.")
 
 
 def locate(name: str, out: Path) -> Place:
@@ -103,7 +112,10 @@ def to_yaml(config: CoreConfig) -> str:
 def _kind(content: dict[str, Any], path: Path) -> type[CoreConfig]:
     domain = content.get("domain")
     if domain not in DOMAINS:
-        raise ValueError(f"`domain` in `{path.name}` must be one of {', '.join(DOMAINS)}, got {domain!r}.")
+        raise ValueError(
+            f"`domain` in `{path.name}` must be one of {', '.join(DOMAINS)}, got {domain!r}. "
+            "Give a preset after a config's name: NAME --config PRESET."
+        )
     kind: type[CoreConfig] = import_module(f"{domain}.config").CONFIG
     return kind
 
@@ -163,9 +175,6 @@ def _prepared(words: Sequence[str], keys: dict[str, Any], files: dict[str, Path]
         if pending is None and word.startswith("--"):
             flag, equals, value = word.partition("=")
             name = flag[2:]
-            if name == "print_config":
-                prepared.append(word)
-                continue
             if name != "config" and name not in keys:
                 raise ValueError(f"`{flag}` is no setting.{_nearest(name, keys, '--')}")
             if not equals:

@@ -84,6 +84,11 @@ class Point:
         return tuple(float(np.mean(values)) for values in self.values)
 
     @property
+    def fixed(self) -> bool:
+        """Whether nothing is decided per row: no rule, or one that always or never leaves at every exit."""
+        return not self.rule or (bool(self.thresholds) and not any(map(math.isfinite, self.thresholds)))
+
+    @property
     def units(self) -> tuple[float, ...]:
         """What an interval resamples: the seeds' means where there are several seeds, else the episodes."""
         return self.per_seed if len(self.run_seeds) > 1 else self.values[0]
@@ -218,16 +223,17 @@ def setup_of(row: LatencyRow) -> Setup:
 
 
 def _scales(rows: Sequence[Row]) -> dict[tuple[str, str, str], tuple[float, float]]:
-    """(task, actions, protocol) to the mean scores of random and teacher; chance has no argmax, so it serves both."""
-    scores: dict[tuple[str, ...], list[float]] = defaultdict(list)
+    """(task, actions, protocol) to the scores of random and teacher, where they differ; random serves both actions."""
+    scores: dict[tuple[str, ...], dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:
         if row.metric == "score" and row.method in (TEACHER, RANDOM):
             actions = "" if row.method == RANDOM else row.actions
-            scores[row.task, row.method, actions, row.protocol].append(row.value)
+            scores[row.task, row.method, actions, row.protocol][row.run_seed].append(row.value)
+    means = {key: float(np.mean([np.mean(values) for values in seeds.values()])) for key, seeds in scores.items()}
     return {
-        (task, actions, protocol): (float(np.mean(scores[task, RANDOM, "", protocol])), float(np.mean(values)))
-        for (task, method, actions, protocol), values in list(scores.items())
-        if method == TEACHER and (task, RANDOM, "", protocol) in scores
+        (task, actions, protocol): (means[chance], mean)
+        for (task, method, actions, protocol), mean in means.items()
+        if method == TEACHER and means.get(chance := (task, RANDOM, "", protocol), mean) != mean
     }
 
 
@@ -339,7 +345,9 @@ def _verdict(static: Point, method: str, rivals: Sequence[Point]) -> Verdict:
     affordable = [point for point in rivals if point.macs_mean <= static.macs_mean * SAME_MACS]
     if not affordable:
         return Verdict(static, method, None, NOTHING, math.nan, "unknown")
-    affordable = [point for point in affordable if point.rule] or affordable  # a fixed exit is a static network too
+    affordable = [
+        point for point in affordable if not point.fixed
+    ] or affordable  # a fixed exit is a static network too
     # Among equals in compute a calibrated point goes first: it was promised before the test.
     exits = max(affordable, key=lambda point: (point.macs_mean, bool(point.target), point.label))
     several = len(exits.run_seeds) > 1 and len(static.run_seeds) > 1

@@ -68,7 +68,7 @@ def summary_table(rows: Sequence[Mapping[str, Any]]) -> RichTable:
     columns: dict[str, list[str]] = {
         "task": [row["task"] for row in rows],
         "execution": [row["execution"] for row in rows],
-        "actions": [row["actions"] for row in rows],
+        "actions": ["" if row["method"] == summary.RANDOM else row["actions"] for row in rows],
         "seed": [str(row["run_seed"]) for row in rows],
         "method": [row["method"] for row in rows],
         "operating point": [row["label"] for row in rows],
@@ -79,8 +79,8 @@ def summary_table(rows: Sequence[Mapping[str, Any]]) -> RichTable:
         "us p50 / p95": [times_text(row["latency_us_p50"], row["latency_us_p95"]) for row in rows],
         "n": [str(row["episodes"]) for row in rows],
     }
-    common = [name for name in ("task", "execution", "actions", "seed") if len(set(columns[name])) == 1]
-    title = Text(", ".join(f"{name} {columns.pop(name)[0]}" for name in common))
+    common = [name for name in ("task", "execution", "actions", "seed") if len(set(columns[name]) - {""}) == 1]
+    title = Text(", ".join(f"{name} {max(columns.pop(name))}" for name in common))
     table = RichTable(box=None, header_style="bold", pad_edge=False, title=title, title_justify="left")
     kept = {name: cells for name, cells in columns.items() if set(cells) - {"", UNKNOWN}}
     for name in kept:
@@ -132,13 +132,13 @@ def verdict_item(verdict: Verdict) -> tuple[str, str, str]:
     return badge, kind, f"{text}, P(exits score more) = {verdict.probability:.2f}."
 
 
-def caption(part: Sequence[Point]) -> str:
+def caption(part: Sequence[Point], latency: bool = True) -> str:
     """What must stand under a picture or table of these points: seeds, episodes, execution, actions, protocol."""
     seeds, counts = [len(point.run_seeds) for point in part], [point.episodes for point in part]
     said = [
         f"n = {range_text(seeds)} training seed{'s' if max(seeds) > 1 else ''}",
         f"{range_text(counts)} episode{'s' if max(counts) > 1 else ''} per point",
-        *sorted({f"latency at {point.setup}" for point in part if point.setup}),
+        *sorted({f"latency at {point.setup}" for point in part if point.setup and latency}),
         how_text(part),
     ]
     return "; ".join(said) + "."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,14 +22,18 @@ from rlexit.domain import Domain, Watch
 from rlexit.ensembles import ensembles
 from rlexit.evaluate import Subject, evaluate, exit_costs, latencies, method_name
 from rlexit.exit_policy import ExitPolicy
-from rlexit.interrupts import StopFlag
+from rlexit.interrupts import StopFlag, Stopped
 from rlexit.network import StagedNetwork
 from rlexit.progress import Meter
-from rlexit.rows import append_rows
+from rlexit.registry import unknown
+from rlexit.rows import append_rows, read_latency
 from rlexit.runfolder import Stage
+from rlexit.runlog import RunLog
+from rlexit.settings import CONFIG, to_yaml
 
 TEACHER = "teacher"
 POLICY = "policy"
+EXIT_POLICIES = "exit_policies"
 CALIBRATION_ROWS = 4000
 
 
@@ -81,21 +86,33 @@ class Session:
             return Stage(self.method(method), name, {**settings, **sections}, config, ("state*", "policy*", "scalars.csv", "tb"))
         settings["policy"] = _weights_hash(self.method(method), POLICY)
         if name == "calibrate":
-            return Stage(self.method(method), name, {**settings, **self.settings("calibrate")}, config, ("exit_policies*",))
+            settings |= self.settings("calibrate")
+            # Calibration episodes are played as test episodes are.
+            settings["evaluate"] = {name: config["evaluate"][name] for name in ("actions", "execution", "n_envs")}
+            return Stage(self.method(method), name, settings, config, ("exit_policies*", "calibration"))
         settings["calibrated"] = self.settings("calibrate")
         return Stage(self.method(method), name, {**settings, **self.settings("evaluate")}, config, ("eval",))
 
+    def begin(self, stage: Stage) -> bool:
+        """Opens a stage for work, and keeps the config that it is made with as the run's own; False if it is done."""
+        if not stage.begin(self.force):
+            return False
+        checkpoint.write_atomic(self.root / CONFIG, to_yaml(self.domain.config).encode())
+        return True
+
     @contextmanager
     def watch(self, name: str, unit: str = "") -> Iterator[Watch]:
-        """A meter on the console, and the stop flag."""
+        """A meter on the console, and the stop flag; raises Stopped at its end after a signal."""
         with Meter(name, self.console, unit) as meter:
             yield Watch(self.stop, meter)
+        if self.stop():
+            raise Stopped
 
 
 def train(session: Session) -> None:
     """Makes the teacher."""
     stage = session.stage("train")
-    if not stage.begin(session.force):
+    if not session.begin(stage):
         session.console.print(f"train      done already  {session.teacher}")
         return
     with session.watch("train", "steps") as watch:
@@ -108,7 +125,7 @@ def distill(session: Session, method: str) -> None:
     session.domain.accept(_made(session.teacher, TEACHER, "train"))
     stage = session.stage("distill", method)
     folder = session.method(method)
-    if not stage.begin(session.force):
+    if not session.begin(stage):
         session.console.print(f"distill    done already  {folder}")
         return
     torch.manual_seed(session.seed)
@@ -120,6 +137,8 @@ def distill(session: Session, method: str) -> None:
     else:
         student = ExitStudent(networks[""])
     config = session.domain.config.distill
+    if METHODS[method].static:
+        config = replace(config, learning_rate=config.static_learning_rate, decay_at=config.static_decay_at)
     with session.watch(f"distill {method}", "samples") as watch:
         batches = session.domain.batches(session.seed)
         facts = Distiller(student, batches, config, folder, session.seed, watch.stop, watch.progress).run()
@@ -139,11 +158,14 @@ def calibrate(session: Session, method: str) -> list[ExitPolicy]:
         return []
     network = load_network(session, method)[""]
     stage = session.stage("calibrate", method)
-    if not stage.begin(session.force):
-        session.console.print(f"calibrate  done already  {folder}")
-        return _policies(stage.result()["policies"])
     settings = session.domain.config.calibrate
     costs = cost_table(network, session.domain.example())
+    # Before the stage is opened: a target that cannot be met must not stand in the way of the next one.
+    for target in settings.target_macs:
+        calibration.check_target(costs, target)
+    if not session.begin(stage):
+        session.console.print(f"calibrate  done already  {folder}")
+        return _policies(stage.result()["policies"])
     found: list[ExitPolicy] = []
     missed: list[str] = []
 
@@ -170,7 +192,7 @@ def calibrate(session: Session, method: str) -> list[ExitPolicy]:
                 found.append(policy_or_none)
     for line in missed:
         session.console.print(f"calibrate  {line}")
-    checkpoint.save(folder, "exit_policies", {}, {"policies": [policy.to_json() for policy in found], "missed": missed})
+    checkpoint.save(folder, EXIT_POLICIES, {}, {"policies": [policy.to_json() for policy in found], "missed": missed})
     stage.finish({"policies": [policy.to_json() for policy in found], "missed": missed})
     return found
 
@@ -208,21 +230,18 @@ def evaluate_teacher(session: Session) -> None:
     """Plays the teacher and a random actor on the test episodes."""
     session.domain.accept(_made(session.teacher, TEACHER, "train"))
     stage = session.stage("evaluate")
-    if not stage.begin(session.force):
+    if not session.begin(stage):
         return
     network = session.domain.network(session.teacher, False, "none")
     full = cost_table(network, session.domain.example()).full
     whole = ExitPolicy.full(network.exits)
     subject = Subject("teacher", 0, network, [whole], full)
+    blind = Subject("random", 0, None, [replace(whole, label="random")], full)
     episodes = session.domain.config.evaluate.episodes
     folder = session.teacher / "eval"
-    with session.watch("teacher", "games") as watch:
-        rows = evaluate(session.domain, subject, episodes, "test", folder / "episodes.csv", None, watch)
-    blind = Subject("random", 0, None, [replace(whole, label="random")], full)
-    with session.watch("random", "games") as watch:
-        rows = evaluate(session.domain, blind, episodes, "test", folder / "random.csv", None, watch)
-    append_rows(folder / "episodes.csv", rows)
-    (folder / "random.csv").unlink()
+    for player in (subject, blind):
+        with session.watch(player.method, "games") as watch:
+            evaluate(session.domain, player, episodes, "test", folder / "episodes.csv", None, watch)
     _measure_latency(session, subject, folder)
     stage.finish({"episodes": episodes})
 
@@ -230,10 +249,12 @@ def evaluate_teacher(session: Session) -> None:
 def evaluate_method(session: Session, method: str) -> None:
     """Plays a grid of thresholds, every exit alone and the calibrated exit policies on the test episodes."""
     networks = load_network(session, method)
-    calibrated = [] if METHODS[method].static else calibrate(session, method)
+    # Evaluating again with --force is no reason to calibrate again.
+    fresh = session.stage("calibrate", method).is_done()
+    calibrated = [] if METHODS[method].static else calibrate(replace(session, force=session.force and not fresh), method)
     stage = session.stage("evaluate", method)
     folder = session.method(method)
-    if not stage.begin(session.force):
+    if not session.begin(stage):
         session.console.print(f"evaluate   done already  {folder}")
         return
     teacher = session.domain.network(session.teacher, False, "none")
@@ -246,11 +267,7 @@ def evaluate_method(session: Session, method: str) -> None:
         if not name:
             _print_costs(session, network)
         with session.watch(f"evaluate {method}", "games") as watch:
-            part = path if not name else path.with_name(f"{name.replace(' ', '_')}.csv")
-            rows = evaluate(session.domain, subject, settings.episodes, "test", part, folder / "eval", watch)
-        if name:
-            append_rows(path, rows)
-            part.unlink()
+            evaluate(session.domain, subject, settings.episodes, "test", path, folder / "eval", watch)
         _measure_latency(session, subject, folder / "eval")
     stage.finish({"episodes": settings.episodes})
 
@@ -277,10 +294,59 @@ def _measure_latency(session: Session, subject: Subject, folder: Path) -> None:
     count = session.domain.config.evaluate.latency_rows
     if not count or subject.network is None:
         return
-    network = subject.network
+    network, path = subject.network, folder / "latency.csv"
+    known = {(row.method, row.label) for row in read_latency(path)} if path.exists() else set()
+    if all((method_name(subject.method, policy.rule), policy.label) in known for policy in subject.policies):
+        return
     inputs = session.domain.rows(network, ExitPolicy.full(network.exits), CALIBRATION_ROWS, Watch(session.stop))
     spread = inputs[torch.linspace(0, len(inputs) - 1, min(count, len(inputs))).long()]
-    append_rows(folder / "latency.csv", list(latencies(session.domain, subject, spread)))
+    append_rows(path, [row for row in latencies(session.domain, subject, spread) if (row.method, row.label) not in known])
+
+
+def calibrated_policy(session: Session, method: str, label: str | None = None) -> ExitPolicy:
+    """A calibrated exit policy by its label, the first by default.
+
+    Raises:
+        CheckpointError: no exit policy is calibrated.
+        LookupError: none of that label is.
+    """
+    folder = session.method(method)
+    facts = checkpoint.load_facts(_made(folder, EXIT_POLICIES, "calibrate"), EXIT_POLICIES)
+    policies = {policy.label: policy for policy in _policies(facts["policies"])}
+    if not policies:
+        raise checkpoint.CheckpointError(
+            f"`{folder}` must hold a calibrated exit policy, got none: no target could be met. "
+            "Run `rlexit calibrate` with other targets, such as --target_macs 0.5 --force."
+        )
+    if label is not None and label not in policies:
+        raise unknown("policy", label, policies)
+    return policies[label] if label is not None else next(iter(policies.values()))
+
+
+def video(session: Session, method: str, episode: int, label: str | None, steps: int) -> Path:
+    """Films a test episode under a calibrated exit policy, for the folder `video` and for TensorBoard.
+
+    Args:
+        session: the run.
+        method: with exits.
+        episode: index of the test episode.
+        label: of the exit policy; None for the first.
+        steps: at most so many decisions.
+    Returns:
+        The path of the WebP; the GIF lies beside it.
+    Raises:
+        CheckpointError: no exit policy is calibrated.
+        LookupError: none of that label is.
+    """
+    folder = session.method(method)
+    policy = calibrated_policy(session, method, label)
+    network = load_network(session, method)[""]
+    webp, gif = session.domain.film(network, policy, episode, steps, folder / "video" / f"ep{episode}")
+    data = gif.read_bytes()
+    width, height = struct.unpack("<HH", data[6:10])
+    with RunLog(folder / "video") as log:
+        log.animation("eval/episode", data, height, width, episode)
+    return webp
 
 
 def load_network(session: Session, method: str) -> dict[str, StagedNetwork]:

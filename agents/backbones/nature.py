@@ -62,6 +62,15 @@ def nature_network(
     return StagedNetwork(units, exits, actions, ensemble)
 
 
+def initialise(network: StagedNetwork) -> StagedNetwork:
+    """Orthogonal weights and zero biases, as SB3 starts its actors; for networks that learn from scratch."""
+    for name, module in network.named_modules():
+        if isinstance(module, (nn.Conv2d, nn.Linear)):
+            nn.init.orthogonal_(module.weight, 0.01 if name.startswith("heads.") else 2**0.5)
+            nn.init.zeros_(module.bias)
+    return network
+
+
 def load_sb3(network: StagedNetwork, tensors: Mapping[str, Tensor]) -> None:
     """Copies an SB3 actor's weights into the backbone and its own head; the early heads stay as they are.
 

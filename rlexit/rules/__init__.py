@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -16,6 +16,7 @@ from rlexit.registry import Registry
 from rlexit.state import ExitState
 
 
+@runtime_checkable
 class Rule(Protocol):
     """Scores rows at an exit.
 

@@ -71,7 +71,7 @@ def make(kind: type[BaseAlgorithm], policy: str = "CnnPolicy", env: Still | None
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.policy.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     return model
 
 
@@ -212,6 +212,8 @@ def test_compressed_members_that_are_not_read_do_not_matter(genuine, tmp_path):
 
 # ---- other agents ----
 
+NARROW = {"features_extractor_kwargs": {"features_dim": 64}}
+
 
 @pytest.mark.parametrize(
     ("kind", "policy", "observations", "actions", "arguments", "says"),
@@ -223,13 +225,12 @@ def test_compressed_members_that_are_not_read_do_not_matter(genuine, tmp_path):
         (SAC, "MlpPolicy", spaces.Box(-1, 1, (4,)), spaces.Box(-1, 1, (2,)), {"buffer_size": 1}, "is an SAC"),
         (PPO, "MultiInputPolicy", spaces.Dict({"frames": FRAMES}), SIX, {}, "is a multi-input policy"),
         (PPO, "CnnPolicy", FRAMES, SIX, {"policy_kwargs": {"share_features_extractor": False}}, "nets of their own"),
-        (PPO, "CnnPolicy", FRAMES, SIX, {"policy_kwargs": {"net_arch": [64]}}, "action_net.weight"),
-        (PPO, "CnnPolicy", FRAMES, SIX, {"policy_kwargs": {"net_arch": [512]}}, "mlp_extractor"),
-        (PPO, "CnnPolicy", FRAMES, SIX, {"policy_kwargs": {"features_extractor_kwargs": {"features_dim": 64}}}, "(64, 3136)"),
-        (PPO, "CnnPolicy", spaces.Box(0, 255, (84, 84, 1), np.uint8), SIX, {}, "shape (32, 4, 8, 8), got (32, 1, 8, 8)"),
+        (PPO, "CnnPolicy", FRAMES, SIX, {"policy_kwargs": {"net_arch": [64]}}, "hidden layers"),
+        (PPO, "CnnPolicy", FRAMES, SIX, {"policy_kwargs": {"net_arch": [512]}}, "hidden layers"),
+        (PPO, "CnnPolicy", FRAMES, SIX, {"policy_kwargs": NARROW}, "shape (512, 3136), got (64, 3136)"),
+        (PPO, "CnnPolicy", spaces.Box(0, 255, (84, 84, 1), np.uint8), SIX, {}, "(32, 4, 8, 8), got (32, 1, 8, 8)"),
         (PPO, "CnnPolicy", spaces.Box(0, 255, (96, 96, 4), np.uint8), SIX, {}, "shape (512, 3136), got (512, 4096)"),
     ],
-    ids=str,
 )
 def test_another_kind_of_agent_is_refused_by_name(kind, policy, observations, actions, arguments, says, tmp_path):
     make(kind, policy, Still(observations, actions), **arguments).save(tmp_path / "other.zip")
@@ -284,7 +285,6 @@ LINEAR = "features_extractor.linear.0.weight"
         (lambda state: state.update(extra={"value": 1}), "state dict of tensors"),
         (lambda state: state.update({3: torch.zeros(1)}), "state dict of tensors"),
     ],
-    ids=str,
 )
 def test_damaged_weights_are_refused_by_name(forge, says, genuine, tmp_path):
     state = dict(genuine.state)
@@ -413,7 +413,7 @@ def script(canary: Path) -> str:
 
 
 def spawn(canary: Path) -> tuple[bytes, list[bytes], tuple[int, ...]]:
-    return shutil.which("touch", path=os.defpath).encode(), [b"touch", str(canary).encode()], ()
+    return str(shutil.which("touch")).encode(), [b"touch", str(canary).encode()], ()
 
 
 # Pickles that touch the canary when they are loaded, each another way.
@@ -432,7 +432,8 @@ PAYLOADS: dict[str, Callable[[Path], bytes]] = {
         Call(pickle.loads, pickle.dumps(Call(os.system, touch(canary)))), protocol=2
     ),
     "in a tensor's bytes": lambda canary: pickle.dumps(
-        Call(torch.storage._load_from_bytes, legacy(pickle.dumps(Call(os.system, touch(canary)), protocol=2))), protocol=2
+        Call(torch.storage._load_from_bytes, legacy(pickle.dumps(Call(os.system, touch(canary)), protocol=2))),
+        protocol=2,
     ),
     "getattr chain": lambda canary: (
         b"cbuiltins\ngetattr\n(cbuiltins\n__import__\n("
@@ -533,6 +534,22 @@ def test_no_payload_in_members_that_are_not_read_runs(genuine, tmp_path):
         assert not (tmp_path / "canary").exists(), payload
 
 
+def test_torch_is_handed_nothing_but_the_program_and_its_records(genuine, monkeypatch, tmp_path):
+    given, load = [], torch.load
+
+    def spy(file, **options):
+        given.append(file.getvalue())
+        return load(file, **options)
+
+    monkeypatch.setattr(torch, "load", spy)
+    other = {"data/6": b"x", "evil/data/6": b"x", "archive/data/6/x": b"x", "archive/constants.pkl": b"x"}
+    policy = packed({**other, **genuine.records})
+    weights = read_sb3_policy(written(tmp_path / "evil.zip", packed({"policy.pth": policy})))
+    assert torch.equal(weights[LINEAR], genuine.state[LINEAR])
+    names = {"archive/data.pkl", "archive/version", "archive/byteorder"} | {f"archive/data/{key}" for key in range(12)}
+    assert unpacked(given[0]) == {name: genuine.records[name] for name in names}
+
+
 def test_a_second_archive_that_only_torch_would_find_is_not_loaded(genuine, tmp_path):
     policy, evil = genuine.members["policy.pth"], torch_zip(PAYLOADS["os.system"](tmp_path / "canary"))
     for data in (evil + policy, policy + evil, policy[:-22] + evil + policy[-22:]):
@@ -555,7 +572,7 @@ def read(path):
 
 files = sorted(Path(sys.argv[1]).glob("*.zip"))
 read(files[0]), read(files[1])  # imports that torch and zipfile put off
-FORBIDDEN = ("subprocess", "os.", "pty", "socket", "ctypes", "exec", "compile", "import", "pickle", "shutil", "tempfile")
+FORBIDDEN = ("subprocess", "os.", "pty", "socket", "ctypes", "exec", "compile", "import", "pickle", "shutil")
 events = []
 
 def audit(event, arguments):
@@ -589,7 +606,7 @@ def test_reading_evil_files_starts_writes_imports_and_unpickles_nothing(genuine,
         written(tmp_path / f"{number}.zip", evil)
     root = Path(importers.__file__).parents[1]
     child = subprocess.run(
-        [sys.executable, "-c", AUDIT, str(tmp_path)], cwd=root, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", AUDIT, str(tmp_path)], cwd=root, capture_output=True, text=True, timeout=300, check=False
     )
     assert child.returncode == 0, child.stderr
     answers, events = (ast.literal_eval(line) for line in child.stdout.splitlines())
@@ -706,8 +723,8 @@ def claim(numel: bytes, size: bytes, stride: bytes) -> bytes:
         (claim(HUGE, HUGE + b"\x85", b"K\x01\x85"), "no tensors that torch can read"),
         (claim(b"K\x04", HUGE + b"\x85", b"K\x01\x85"), "no tensors that torch can read"),
         (claim(b"K\x05", b"K\x05\x85", b"K\x01\x85"), "no tensors that torch can read"),
-        (claim(b"K\x04", HUGE + b"\x85", b"K\x00\x85"), "MlpPolicy"),
-        (claim(b"K\x04", b"K\x04\x85", b"K\x01\x85"), "MlpPolicy"),
+        (claim(b"K\x04", HUGE + b"\x85", b"K\x00\x85"), "is no NatureCNN"),
+        (claim(b"K\x04", b"K\x04\x85", b"K\x01\x85"), "is no NatureCNN"),
         (b"\x80\x02cbuiltins\nbytearray\n" + HUGE + b"\x85R.", "the name builtins.bytearray"),
         (b"\x80\x02ctorch\nFloatTensor\n" + HUGE + b"\x85R.", "the name torch.FloatTensor"),
         (b"\x80\x02})q\x00" + b"h\x00h\x00\x86q\x00" * 60 + b"K\x01s.", "used twice"),
@@ -772,7 +789,12 @@ def test_a_link_or_device_member_is_refused(kind, tmp_path):
 def test_an_encrypted_member_is_refused(tmp_path):
     data = packed({"policy.pth": b"x"})
     forged = patched(data, central(data, "policy.pth") + 8, b"\x01\x00")
-    assert "encrypted" in refusal(written(tmp_path / "encrypted.zip", forged))
+    assert "has an encrypted member `policy.pth`" in refusal(written(tmp_path / "encrypted.zip", forged))
+
+
+def test_two_members_of_one_name_are_refused(genuine, tmp_path):
+    twice = packed([*genuine.members.items(), ("policy.pth", genuine.members["policy.pth"])])
+    assert "two members of the same name" in refusal(written(tmp_path / "twice.zip", twice))
 
 
 def test_a_member_whose_two_headers_differ_is_refused(genuine, tmp_path):

@@ -1,0 +1,220 @@
+"""Speed as ratios, both sides in one run: `python benchmarks/speed.py [training distill batched evaluation] [--repeats 3]`.
+
+training    our PPO against stock stable-baselines3 (`make_atari_env` + `VecFrameStack` + `CnnPolicy`), equal settings
+distill     collecting + training both heads (5 epochs) against our own PPO
+batched     real execution of a batch of 64 and 256 against the plain network in its faster memory layout
+evaluation  wall time of 10 thresholds x 10 Pong games (needs --run, a distilled run such as runs/pong/ztw/s0)
+
+Each figure is a median over alternating repeats, with the smallest and largest. Run it with nothing beside it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.env_util import make_atari_env
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.vec_env import VecFrameStack
+from torch import nn
+
+from agents import rollouts, teacher
+from agents.actor import load_actor
+from agents.backbones.nature import nature_network
+from agents.config import EnvConfig, PPOConfig
+from agents.envs import AtariVecEnv
+from rlexit.calibrate import score_rows, shared_policy, solve_macs
+from rlexit.config import DistillConfig, HeadConfig
+from rlexit.costs import cost_table
+from rlexit.distill import Distiller, ExitStudent
+from rlexit.ensembles import ensembles
+from rlexit.exit_policy import ExitPolicy
+from rlexit.network import StagedNetwork
+from rlexit.runtime import run
+
+GAME = EnvConfig(game="pong")
+ACTIONS = 6
+ROLLOUTS = 3
+
+
+def alternate(sides: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """Measures all sides in turn, so that a busy moment of the machine hits them alike."""
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(repeats):
+        for name, measure in sides.items():
+            found[name].append(measure())
+    return found
+
+
+def spread(values: Sequence[float], digits: int = 0) -> str:
+    return f"{statistics.median(values):,.{digits}f} [{min(values):,.{digits}f} .. {max(values):,.{digits}f}]"
+
+
+def steps_per_second(model: PPO, steps: int) -> float:
+    """Of `learn`, after one rollout and update that are not counted."""
+    model.set_logger(Logger(None, []))
+    model.learn(model.n_steps * model.n_envs, reset_num_timesteps=True)
+    began = time.perf_counter()
+    model.learn(steps, reset_num_timesteps=False)
+    return steps / (time.perf_counter() - began)
+
+
+def ours(config: PPOConfig) -> float:
+    env = AtariVecEnv(GAME, config.n_envs, training=True)
+    try:
+        return steps_per_second(teacher.build(env, config, seed=0), ROLLOUTS * config.n_envs * config.n_steps)
+    finally:
+        env.close()
+
+
+def stock(config: PPOConfig) -> float:
+    wrappers = {"noop_max": 0, "action_repeat_probability": GAME.sticky}
+    env = VecFrameStack(make_atari_env("PongNoFrameskip-v4", config.n_envs, seed=0, wrapper_kwargs=wrappers), 4)
+    try:
+        model = PPO(
+            "CnnPolicy",
+            env,
+            learning_rate=config.learning_rate,
+            n_steps=config.n_steps,
+            batch_size=config.batch_size,
+            n_epochs=config.n_epochs,
+            clip_range=config.clip_range,
+            ent_coef=config.ent_coef,
+            device="cpu",
+        )
+        return steps_per_second(model, ROLLOUTS * config.n_envs * config.n_steps)
+    finally:
+        env.close()
+
+
+def training(options: argparse.Namespace) -> None:
+    for name, config in (
+        ("paper: 8 games, 4 epochs", PPOConfig()),
+        ("fast: 16 games, 3 epochs", PPOConfig(n_envs=16, n_epochs=3)),
+    ):
+        found = alternate(
+            {"rlexit": lambda config=config: ours(config), "SB3": lambda config=config: stock(config)}, options.repeats
+        )
+        ratios = [mine / theirs for mine, theirs in zip(found["rlexit"], found["SB3"], strict=True)]
+        print(f"| training, {name} | rlexit {spread(found['rlexit'])} steps/s | SB3 {spread(found['SB3'])} steps/s "
+              f"| ratio {spread(ratios, 2)} |", flush=True)
+
+
+def distilling() -> float:
+    network = nature_network(ACTIONS, ("conv1", "conv2"), HeadConfig(), True, ensembles["geometric"](2, ACTIONS))
+    config = DistillConfig(steps=16_384, ensemble_steps=2_048)
+
+    def batches(act, first):
+        return rollouts.collect(GAME, act, 16, 128, first)
+
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        Distiller(ExitStudent(network), batches, config, Path(folder), seed=0).run()
+        return (config.steps + config.ensemble_steps) / (time.perf_counter() - began)
+
+
+def distill(options: argparse.Namespace) -> None:
+    found = alternate({"distill": distilling, "training": lambda: ours(PPOConfig())}, options.repeats)
+    ratios = [mine / theirs for mine, theirs in zip(found["distill"], found["training"], strict=True)]
+    print(f"| distill, two heads, 5 epochs | {spread(found['distill'])} samples/s | our PPO {spread(found['training'])} "
+          f"steps/s | ratio {spread(ratios, 2)} |", flush=True)
+
+
+def seconds(call: Callable[[], object], calls: int) -> float:
+    began = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - began) / calls
+
+
+def plain(network: StagedNetwork, memory_format: torch.memory_format) -> nn.Sequential:
+    """The backbone as ordinary layers, without any of rlexit's bookkeeping."""
+    layers = [unit.module for unit in network.units.values()]
+    return nn.Sequential(*layers, network.head(network.exits - 1).module).eval().to(memory_format=memory_format)
+
+
+def batched(options: argparse.Namespace) -> None:
+    network = nature_network(ACTIONS, ("conv1", "conv2"), HeadConfig(), True, ensembles["geometric"](2, ACTIONS)).eval()
+    costs = cost_table(network, torch.zeros((1, 4, 84, 84), dtype=torch.uint8))
+    decide = rollouts.at_random(ACTIONS)
+    jobs = [rollouts.Job(0, episode, episode) for episode in range(32)]
+    frames: list[np.ndarray] = []
+    playing = rollouts.play(GAME, decide, jobs, 1, sampled=True, keep=lambda seen: frames.append(seen.copy()),
+                            stop=lambda: len(frames) >= 200)
+    list(playing)
+    observations = torch.from_numpy(np.concatenate(frames[8::8]))
+    scores = score_rows(network, "confidence", observations, costs)
+    for batch in (64, 256):
+        rows = observations[torch.randperm(len(observations))[:batch]]
+        floats = rows.float() / 255
+        layouts = {
+            "NCHW": (plain(network, torch.contiguous_format), floats.contiguous()),
+            "channels_last": (plain(network, torch.channels_last), floats.contiguous(memory_format=torch.channels_last)),
+        }
+        for target in (0.4, 0.5, 0.65, 0.85, 1.04):
+            policy = shared_policy("confidence", solve_macs(scores, target), network.exits)
+            policies = {"exits": policy}
+            if target > 1:
+                policies["full, no heads"] = ExitPolicy.full(network.exits)
+            for label, chosen in policies.items():
+                relative = float(run(network, chosen, rows).macs.float().mean()) / costs.full
+                with torch.no_grad():
+                    sides = {
+                        name: lambda model=model, inputs=inputs: seconds(lambda: model(inputs), options.calls)
+                        for name, (model, inputs) in layouts.items()
+                    }
+                    sides["real"] = lambda chosen=chosen: seconds(lambda: run(network, chosen, rows), options.calls)
+                    found = alternate(sides, 3 * options.repeats)
+                fastest = min(layouts, key=lambda name: statistics.median(found[name]))
+                ratios = [real / full for real, full in zip(found["real"], found[fastest], strict=True)]
+                efficiency = [relative / ratio for ratio in ratios]
+                print(f"| batch {batch}, {label} | relative MACs {relative:.3f} | time / full ({fastest}) {spread(ratios, 3)} "
+                      f"| MACs ratio / time ratio {spread(efficiency, 2)} (at least 0.85) |", flush=True)
+
+
+def evaluation(options: argparse.Namespace) -> None:
+    if options.run is None:
+        print("| evaluation | skipped: needs --run, such as runs/pong/ztw/s0 |", flush=True)
+        return
+    network = load_actor(options.run).network
+    policies = [shared_policy("confidence", threshold, network.exits) for threshold in np.linspace(0.3, 0.99, 10)]
+    jobs = [rollouts.Job(policy, episode, 3_000_000 + episode) for episode in range(10) for policy in range(10)]
+    began = time.perf_counter()
+    played = list(rollouts.play(GAME, rollouts.exiting(network, policies), jobs, network.exits, n_envs=32))
+    wall = time.perf_counter() - began
+    steps = sum(one.decisions for one in played)
+    print(f"| evaluation, 10 thresholds x 10 games | {wall:.0f} s | {steps:,} env steps | {steps / wall:,.0f} steps/s |", flush=True)
+
+
+PARTS = {"training": training, "distill": distill, "batched": batched, "evaluation": evaluation}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", default=list(PARTS), help=", ".join(PARTS))
+    parser.add_argument("--repeats", type=int, default=3, help="alternating repeats")
+    parser.add_argument("--calls", type=int, default=20, help="calls per repeat in `batched`")
+    parser.add_argument("--run", type=Path, default=None, help="a distilled and calibrated method's folder")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    for part in options.parts:
+        if part not in PARTS:
+            parser.error(f"no part {part!r}; there are {', '.join(PARTS)}")
+    torch.set_num_threads(options.threads)
+    torch.set_flush_denormal(True)
+    print(f"# {platform.machine()}, {os.cpu_count()} cores, {options.threads} threads, torch {torch.__version__}")
+    for part in options.parts:
+        PARTS[part](options)
+
+
+if __name__ == "__main__":
+    main()
