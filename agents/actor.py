@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import gymnasium
 import numpy as np
@@ -27,7 +28,10 @@ class ExitingActor(BasePolicy):
     """
 
     def __init__(
-        self, network: StagedNetwork, exit_policy: ExitPolicy, observation_space: gymnasium.Space[np.ndarray] | None = None
+        self,
+        network: StagedNetwork,
+        exit_policy: ExitPolicy,
+        observation_space: gymnasium.Space[np.ndarray] | None = None,
     ) -> None:
         space = observation_space or spaces.Box(0, 255, (FRAMES, SIDE, SIDE), np.uint8)
         super().__init__(space, spaces.Discrete(network.outputs))
@@ -35,7 +39,7 @@ class ExitingActor(BasePolicy):
         self.exit_policy = exit_policy
         self.last: RunResult | None = None
 
-    def _predict(self, observation: Tensor, deterministic: bool = False) -> Tensor:
+    def _predict(self, observation: Any, deterministic: bool = False) -> Tensor:
         """(B, 4, 84, 84) to (B,) actions; exits, costs and scores of the call are kept in `last`."""
         self.last = run(self.network, self.exit_policy, observation)
         if deterministic:

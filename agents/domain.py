@@ -142,9 +142,7 @@ class AgentsDomain:
             return watch.stop() or sum(map(len, seen)) >= count
 
         decide = rollouts.exiting(network, [policy])
-        for _ in rollouts.play(
-            self.config.env, decide, jobs, network.exits, n_envs=n_envs, stop=enough, keep=keep
-        ):
+        for _ in rollouts.play(self.config.env, decide, jobs, network.exits, n_envs=n_envs, stop=enough, keep=keep):
             pass
         if watch.stop():
             raise Stopped

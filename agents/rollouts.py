@@ -104,34 +104,36 @@ def play(
                 for slot in free:
                     slots[slot] = waiting.pop()
                     job = jobs[slots[slot]]
-                    running[slot] = Played(*job, exits=np.zeros(exits, dtype=np.int64))
+                    running[slot] = Played(job.policy, job.episode, job.seed, exits=np.zeros(exits, dtype=np.int64))
                     generators[slot] = np.random.default_rng(job.seed)
                 seeds = np.array([jobs[slots[slot]].seed for slot in free])
                 observations[free] = env.reset_games(np.array(free), seeds)
-            active = np.array([slot for slot in range(n_envs) if running[slot] is not None])
+            playing = [(slot, episode) for slot, episode in enumerate(running) if episode is not None]
+            active = np.array([slot for slot, _ in playing])
             batch = torch.from_numpy(observations if len(active) == n_envs else observations[active])
-            result = decide(batch, np.array([running[slot].policy for slot in active]))  # type: ignore[union-attr]
+            result = decide(batch, np.array([episode.policy for _, episode in playing]))
             if keep is not None:
                 keep(batch.numpy())
             probabilities = result.answers.exp().numpy()
             chosen = probabilities.argmax(axis=1)
             if sampled:
-                chosen = np.array([_draw(generators[slot], row) for slot, row in zip(active, probabilities, strict=True)])
+                chosen = np.array(
+                    [_draw(generators[slot], row) for slot, row in zip(active, probabilities, strict=True)]
+                )
             actions = np.zeros(n_envs, dtype=np.int64)
             actions[active] = chosen
             env.step_async(actions)
-            observations, rewards, dones, infos = env.step_wait()  # type: ignore[assignment]
+            observations, rewards, dones, _ = env.step_wait()  # type: ignore[assignment]
             left, macs = result.exits.numpy(), result.macs.numpy()
-            for row, slot in enumerate(active):
-                episode = running[slot]
-                if episode is None:
-                    continue
+            for row, (slot, episode) in enumerate(playing):
                 episode.decisions += 1
                 episode.macs += int(macs[row])
                 episode.exits[left[row]] += 1
                 episode.value += float(rewards[slot])
                 if slots[slot] < record:
-                    _note(episode, int(left[row]), float(probabilities[row].max()), int(chosen[row]), float(rewards[slot]))
+                    _note(
+                        episode, int(left[row]), float(probabilities[row].max()), int(chosen[row]), float(rewards[slot])
+                    )
                 if dones[slot]:
                     running[slot] = None
                     done += 1
@@ -171,7 +173,9 @@ def _seeds(seed: int, count: int) -> np.ndarray:
 
 
 def _draw(generator: np.random.Generator, probabilities: np.ndarray) -> int:
-    return int(generator.choice(len(probabilities), p=probabilities.astype(np.float64) / probabilities.sum(dtype=np.float64)))
+    return int(
+        generator.choice(len(probabilities), p=probabilities.astype(np.float64) / probabilities.sum(dtype=np.float64))
+    )
 
 
 def _note(episode: Played, exit: int, confidence: float, action: int, reward: float) -> None:

@@ -35,7 +35,7 @@ class MixedPrecisionCnnPolicy(ActorCriticCnnPolicy):
     Acting and updating use the same precision, so the first update's probability ratio is 1.
     """
 
-    def extract_features(self, obs: Tensor, features_extractor: Any = None) -> Tensor:
+    def extract_features(self, obs: Any, features_extractor: Any = None) -> Tensor:
         """(B, 4, 84, 84) uint8 to (B, 512) float32 features."""
         extractor = self.features_extractor if features_extractor is None else features_extractor
         with torch.autocast(obs.device.type, dtype=torch.bfloat16):
@@ -61,7 +61,10 @@ class _Keeper(BaseCallback):
     """Checks, saves and stops between two updates, the one moment when no rollout is half done."""
 
     def __init__(
-        self, save: Callable[[], None], stop: Callable[[], bool], progress: Callable[[int, dict[str, float]], None],
+        self,
+        save: Callable[[], None],
+        stop: Callable[[], bool],
+        progress: Callable[[int, dict[str, float]], None],
         seconds: float,
     ) -> None:
         super().__init__()

@@ -11,12 +11,14 @@ Each figure is a median over alternating repeats, with the smallest and largest.
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +46,7 @@ from rlexit.runtime import run
 GAME = EnvConfig(game="pong")
 ACTIONS = 6
 ROLLOUTS = 3
+LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
 def alternate(sides: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
@@ -105,8 +108,11 @@ def training(options: argparse.Namespace) -> None:
             {"rlexit": lambda config=config: ours(config), "SB3": lambda config=config: stock(config)}, options.repeats
         )
         ratios = [mine / theirs for mine, theirs in zip(found["rlexit"], found["SB3"], strict=True)]
-        print(f"| training, {name} | rlexit {spread(found['rlexit'])} steps/s | SB3 {spread(found['SB3'])} steps/s "
-              f"| ratio {spread(ratios, 2)} |", flush=True)
+        print(
+            f"| training, {name} | rlexit {spread(found['rlexit'])} steps/s | SB3 {spread(found['SB3'])} steps/s "
+            f"| ratio {spread(ratios, 2)} |",
+            flush=True,
+        )
 
 
 def distilling() -> float:
@@ -125,8 +131,11 @@ def distilling() -> float:
 def distill(options: argparse.Namespace) -> None:
     found = alternate({"distill": distilling, "training": lambda: ours(PPOConfig())}, options.repeats)
     ratios = [mine / theirs for mine, theirs in zip(found["distill"], found["training"], strict=True)]
-    print(f"| distill, two heads, 5 epochs | {spread(found['distill'])} samples/s | our PPO {spread(found['training'])} "
-          f"steps/s | ratio {spread(ratios, 2)} |", flush=True)
+    print(
+        f"| distill, two heads, 5 epochs | {spread(found['distill'])} samples/s | our PPO {spread(found['training'])} "
+        f"steps/s | ratio {spread(ratios, 2)} |",
+        flush=True,
+    )
 
 
 def seconds(call: Callable[[], object], calls: int) -> float:
@@ -136,10 +145,17 @@ def seconds(call: Callable[[], object], calls: int) -> float:
     return (time.perf_counter() - began) / calls
 
 
-def plain(network: StagedNetwork, memory_format: torch.memory_format) -> nn.Sequential:
-    """The backbone as ordinary layers, without any of rlexit's bookkeeping."""
-    layers = [unit.module for unit in network.units.values()]
-    return nn.Sequential(*layers, network.head(network.exits - 1).module).eval().to(memory_format=memory_format)
+def plain(network: StagedNetwork, layout: torch.memory_format) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The backbone as ordinary layers on raw frames, without any of rlexit's bookkeeping."""
+    layers = [copy.deepcopy(unit.module) for unit in network.units.values()]
+    head = copy.deepcopy(network.head(network.exits - 1).module)
+    model = nn.Sequential(*layers, head).eval().to(memory_format=layout)
+
+    @torch.no_grad()
+    def call(rows: torch.Tensor) -> torch.Tensor:
+        return model(rows.to(torch.float32).div_(255).contiguous(memory_format=layout))
+
+    return call
 
 
 def batched(options: argparse.Namespace) -> None:
@@ -148,37 +164,37 @@ def batched(options: argparse.Namespace) -> None:
     decide = rollouts.at_random(ACTIONS)
     jobs = [rollouts.Job(0, episode, episode) for episode in range(32)]
     frames: list[np.ndarray] = []
-    playing = rollouts.play(GAME, decide, jobs, 1, sampled=True, keep=lambda seen: frames.append(seen.copy()),
-                            stop=lambda: len(frames) >= 200)
+    playing = rollouts.play(
+        GAME,
+        decide,
+        jobs,
+        1,
+        sampled=True,
+        keep=lambda seen: frames.append(seen.copy()),
+        stop=lambda: len(frames) >= 200,
+    )
     list(playing)
     observations = torch.from_numpy(np.concatenate(frames[8::8]))
     scores = score_rows(network, "confidence", observations, costs)
     for batch in (64, 256):
         rows = observations[torch.randperm(len(observations))[:batch]]
-        floats = rows.float() / 255
-        layouts = {
-            "NCHW": (plain(network, torch.contiguous_format), floats.contiguous()),
-            "channels_last": (plain(network, torch.channels_last), floats.contiguous(memory_format=torch.channels_last)),
-        }
-        for target in (0.4, 0.5, 0.65, 0.85, 1.04):
-            policy = shared_policy("confidence", solve_macs(scores, target), network.exits)
-            policies = {"exits": policy}
-            if target > 1:
-                policies["full, no heads"] = ExitPolicy.full(network.exits)
-            for label, chosen in policies.items():
-                relative = float(run(network, chosen, rows).macs.float().mean()) / costs.full
-                with torch.no_grad():
-                    sides = {
-                        name: lambda model=model, inputs=inputs: seconds(lambda: model(inputs), options.calls)
-                        for name, (model, inputs) in layouts.items()
-                    }
-                    sides["real"] = lambda chosen=chosen: seconds(lambda: run(network, chosen, rows), options.calls)
-                    found = alternate(sides, 3 * options.repeats)
-                fastest = min(layouts, key=lambda name: statistics.median(found[name]))
-                ratios = [real / full for real, full in zip(found["real"], found[fastest], strict=True)]
-                efficiency = [relative / ratio for ratio in ratios]
-                print(f"| batch {batch}, {label} | relative MACs {relative:.3f} | time / full ({fastest}) {spread(ratios, 3)} "
-                      f"| MACs ratio / time ratio {spread(efficiency, 2)} (at least 0.85) |", flush=True)
+        layouts = {name: plain(network, layout) for name, layout in LAYOUTS.items()}
+        policies = [
+            shared_policy("confidence", solve_macs(scores, target), 3) for target in (0.4, 0.5, 0.65, 0.85, 1.04)
+        ]
+        for policy in [*policies, ExitPolicy.full(network.exits)]:
+            relative = float(run(network, policy, rows).macs.float().mean()) / costs.full
+            sides = {name: partial(seconds, partial(call, rows), options.calls) for name, call in layouts.items()}
+            sides["real"] = partial(seconds, partial(run, network, policy, rows), options.calls)
+            found = alternate(sides, 3 * options.repeats)
+            fastest = min(layouts, key=lambda name: statistics.median(found[name]))
+            ratios = [real / full for real, full in zip(found["real"], found[fastest], strict=True)]
+            efficiency = [relative / ratio for ratio in ratios]
+            print(
+                f"| batch {batch}, relative MACs {relative:.3f} | time / full ({fastest}) {spread(ratios, 3)} "
+                f"| MACs ratio / time ratio {spread(efficiency, 2)} (at least 0.85) |",
+                flush=True,
+            )
 
 
 def evaluation(options: argparse.Namespace) -> None:
@@ -192,7 +208,10 @@ def evaluation(options: argparse.Namespace) -> None:
     played = list(rollouts.play(GAME, rollouts.exiting(network, policies), jobs, network.exits, n_envs=32))
     wall = time.perf_counter() - began
     steps = sum(one.decisions for one in played)
-    print(f"| evaluation, 10 thresholds x 10 games | {wall:.0f} s | {steps:,} env steps | {steps / wall:,.0f} steps/s |", flush=True)
+    print(
+        f"| evaluation, 10 thresholds x 10 games | {wall:.0f} s | {steps:,} env steps | {steps / wall:,.0f} steps/s |",
+        flush=True,
+    )
 
 
 PARTS = {"training": training, "distill": distill, "batched": batched, "evaluation": evaluation}

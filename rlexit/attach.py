@@ -91,7 +91,9 @@ def attach(
     if not taps:
         raise ValueError("`taps` must name at least one submodule, got none.")
     if len({*map(unit_name, taps), LAST}) <= len(taps):
-        raise ValueError(f"`taps` must differ where dots are read as `_`, and none may be {LAST!r}, got {', '.join(taps)}.")
+        raise ValueError(
+            f"`taps` must differ where dots are read as `_`, and none may be {LAST!r}, got {', '.join(taps)}."
+        )
     module = module.eval()
     try:
         traced = fx.symbolic_trace(module)
@@ -104,7 +106,7 @@ def attach(
     exits: dict[str, Head] = {}
     for tap in taps:
         reads_previous = cascade and bool(exits)
-        exits[unit_name(tap)] = heads[config.kind](shapes[unit_name(tap)], outputs, config, reads_previous)  # type: ignore[call-arg]
+        exits[unit_name(tap)] = heads[config.kind](shapes[unit_name(tap)], outputs, config, reads_previous)
     exits[LAST] = ModuleHead(nn.Identity())
     return AttachedNetwork(units, exits, outputs, ensembles[ensemble](len(taps), outputs)).eval()
 
@@ -136,7 +138,9 @@ def _cut(traced: fx.GraphModule, taps: Sequence[str]) -> OrderedDict[str, Unit]:
     known = [inputs[0].name]
     for name, end, tensor in zip(names, [*ends, len(nodes) - 1], tapped, strict=True):
         part, later = nodes[begin : end + 1], nodes[end + 1 :]
-        needed = {source.name for node in later for source in node.all_input_nodes if source.op != "get_attr"} | {tensor}
+        needed = {source.name for node in later for source in node.all_input_nodes if source.op != "get_attr"} | {
+            tensor
+        }
         reads = [read for read in known if any(read == source.name for node in part for source in node.all_input_nodes)]
         makes = [node.name for node in part if node.name in needed]
         keeps = [read for read in known if read in needed] + makes

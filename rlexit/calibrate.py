@@ -128,7 +128,9 @@ def threshold_grid(scores: Scores, points: int) -> list[float]:
     return list(dict.fromkeys(solve_macs(scores, float(level) + 1e-9) for level in levels))
 
 
-def shared_policy(rule: str, threshold: float, exits: int, label: str = "", provenance: dict[str, Any] | None = None) -> ExitPolicy:
+def shared_policy(
+    rule: str, threshold: float, exits: int, label: str = "", provenance: dict[str, Any] | None = None
+) -> ExitPolicy:
     """An exit policy with one threshold for all early exits, as in the papers."""
     return ExitPolicy(rule, (threshold,) * (exits - 1), label, provenance or {})
 
@@ -160,7 +162,9 @@ def calibrate_macs(
         history.append({"threshold": threshold, "relative_macs_solved": scores.relative_macs(threshold)})
         label = f"target_macs={target:g}"
         policy = shared_policy(scores.rule, threshold, exits, label)
-    spelled = [{key: value if math.isfinite(value) else str(value) for key, value in entry.items()} for entry in history]
+    spelled = [
+        {key: value if math.isfinite(value) else str(value) for key, value in entry.items()} for entry in history
+    ]
     provenance = {"target": f"target_macs={target:g}", "rounds": spelled}
     return ExitPolicy(policy.rule, policy.thresholds, policy.label, provenance)
 

@@ -150,7 +150,9 @@ def pack_optimizer(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, T
     """An optimiser's moments and counters as named tensors; its settings belong to the config."""
     slots = optimizer.state_dict()["state"]
     return {
-        f"{prefix}.{index}.{slot}": torch.as_tensor(value) for index, state in slots.items() for slot, value in state.items()
+        f"{prefix}.{index}.{slot}": torch.as_tensor(value)
+        for index, state in slots.items()
+        for slot, value in state.items()
     }
 
 
@@ -184,7 +186,9 @@ def _manifest(folder: Path, name: str) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(damaged) from error
     if type(version) is int and version > SCHEMA_VERSION:
-        raise CheckpointError(f"`{path}` has schema {version}, this rlexit reads up to {SCHEMA_VERSION}. Update rlexit.")
+        raise CheckpointError(
+            f"`{path}` has schema {version}, this rlexit reads up to {SCHEMA_VERSION}. Update rlexit."
+        )
     if digest != stated:
         raise CheckpointError(f"`{path}` does not match its own SHA-256. It was altered; make the checkpoint again.")
     # A hash shows damage, not intent: whoever wrote the manifest may have written anything.

@@ -71,7 +71,8 @@ def _parser() -> argparse.ArgumentParser:
         """)
     return argparse.ArgumentParser(
         prog="rlexit",
-        description="Early exits for policies and classifiers: train once, run at any compute budget.\n\nverbs:\n" + verbs,
+        description="Early exits for policies and classifiers: train once, run at any compute budget.\n\nverbs:\n"
+        + verbs,
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -99,7 +100,9 @@ def _common(verb: str) -> argparse.ArgumentParser:
     from rlexit.settings import Parser
 
     parser = Parser(
-        prog=f"rlexit {verb}", description=VERBS[verb], allow_abbrev=False,
+        prog=f"rlexit {verb}",
+        description=VERBS[verb],
+        allow_abbrev=False,
         epilog=f"All settings: rlexit {verb} NAME --print_config",
     )
     if verb != "import":

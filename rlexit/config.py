@@ -101,14 +101,19 @@ class DistillConfig:
         for name in ("steps", "ensemble_steps", "batch_size", "epochs", "checkpoint_buffers"):
             require(getattr(self, name) >= 1, f"distill.{name}", "be at least 1", getattr(self, name))
         require(0 < self.learning_rate < 1, "distill.learning_rate", "be between 0 and 1", self.learning_rate)
-        require(0 < self.static_learning_rate < 1, "distill.static_learning_rate", "be in (0, 1)", self.static_learning_rate)
+        require(
+            0 < self.static_learning_rate < 1, "distill.static_learning_rate", "be in (0, 1)", self.static_learning_rate
+        )
         require(self.precision in ("bf16", "fp32"), "distill.precision", "be bf16 or fp32", self.precision)
         for name in ("decay_at", "static_decay_at"):
             first, second = getattr(self, name)
             require(0 <= first <= second <= 1, f"distill.{name}", "be two rising shares in [0, 1]", (first, second))
         require(0 <= self.label_weight <= 1, "distill.label_weight", "be in [0, 1]", self.label_weight)
         require(
-            all(0 < width <= 1 for width in self.static_widths), "distill.static_widths", "be in (0, 1]", self.static_widths
+            all(0 < width <= 1 for width in self.static_widths),
+            "distill.static_widths",
+            "be in (0, 1]",
+            self.static_widths,
         )
 
 
@@ -185,9 +190,15 @@ class CoreConfig:
     """The sections that every domain has.
 
     Args:
+        domain: the package that knows the task.
         methods: what is distilled and compared, from `METHODS`.
+        head: how early heads are built.
+        distill: how they learn.
+        calibrate: how thresholds are chosen.
+        evaluate: what is measured.
     """
 
+    domain: str = ""
     methods: tuple[str, ...] = ("ztw", "sdn", "static")
     head: HeadConfig = field(default_factory=HeadConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)

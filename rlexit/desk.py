@@ -22,13 +22,24 @@ from rlexit.resources import config_files
 from rlexit.settings import CONFIG, DOMAINS, Parser, Place
 
 LISTS = ("configs", "games", "methods", "rules", "runs")
-EXTRAS = {"vision": ("datasets", "kornia"), "export": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",), "cluster": ("ray",)}
+EXTRAS = {
+    "vision": ("datasets", "kornia"),
+    "export": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("openvino",),
+    "cluster": ("ray",),
+}
 
 
 def console() -> Console:
     """Where everything is printed; wide enough for tables where it is no terminal."""
     # No markup: a path or a list of thresholds may look like it.
-    return Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else 140, soft_wrap=not sys.stdout.isatty())
+    return Console(
+        highlight=False,
+        markup=False,
+        emoji=False,
+        width=None if sys.stdout.isatty() else 140,
+        soft_wrap=not sys.stdout.isatty(),
+    )
 
 
 def work(verb: str, options: argparse.Namespace, config: CoreConfig, place: Place, seeds: Sequence[int]) -> int:
@@ -174,7 +185,9 @@ def report_verb(words: Sequence[str]) -> int:
     parser.add_argument("--out", type=Path, default=None, help="default: report/ in the first run folder")
     parser.add_argument("--allow-mixed", action="store_true", help="put different protocols side by side")
     options = parser.parse_args(words)
-    runs = [Path(run) if Path(run).is_dir() or run not in config_files() else Path("runs") / run for run in options.runs]
+    runs = [
+        Path(run) if Path(run).is_dir() or run not in config_files() else Path("runs") / run for run in options.runs
+    ]
     _report(runs, options.out or runs[0] / "report", console(), options.allow_mixed)
     return 0
 
@@ -224,7 +237,9 @@ def doctor_verb(words: Sequence[str]) -> int:
     out.print(f"cpu        {os.cpu_count()} cores, {torch.get_num_threads()} threads, {capability}")
     out.print(f"gpu        {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none seen; not needed'}")
     games = _lists("games", Path())
-    out.print(f"games      {len(games)} ROMs, teachers shipped for {', '.join(import_module('agents.zoo').shipped()) or 'none'}")
+    out.print(
+        f"games      {len(games)} ROMs, teachers shipped for {', '.join(import_module('agents.zoo').shipped()) or 'none'}"
+    )
     for extra, modules in EXTRAS.items():
         missing = [module for module in modules if util.find_spec(module) is None]
         advice = f"missing {', '.join(missing)}: pip install 'rlexit[{extra}]'" if missing else "here"

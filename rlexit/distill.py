@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,7 @@ from rlexit.objectives import agreement, cross_entropy, kl_divergence
 from rlexit.runlog import RunLog
 
 STATE = "state"
+
 
 class Student(nn.Module):
     """What learns: reads features that are computed once per sample, answers at every exit.

@@ -72,7 +72,11 @@ class Domain(Protocol):
     `task` is its name in tables, `metric` what its values are (`score` or `accuracy`).
     """
 
-    config: CoreConfig
+    @property
+    def config(self) -> CoreConfig:
+        """All settings."""
+        ...
+
     task: str
     metric: str
 

@@ -40,7 +40,9 @@ class Ensemble(nn.Module):
         """
         raise TypeError(f"`{type(self).__name__}` must implement `combine`.")
 
-    def combine_all(self, log_probabilities: Float[Tensor, "batch exits outputs"]) -> Float[Tensor, "batch exits outputs"]:
+    def combine_all(
+        self, log_probabilities: Float[Tensor, "batch exits outputs"]
+    ) -> Float[Tensor, "batch exits outputs"]:
         """Answers at every exit, (B, K, A)."""
         count = log_probabilities.shape[1]
         return torch.stack([self.combine(log_probabilities[:, : exit + 1]) for exit in range(count)], dim=1)

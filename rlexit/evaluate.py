@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from rlexit.checkpoint import canonical_json
 from rlexit.costs import CostTable
-from rlexit.domain import Domain, Played, Split, Watch
+from rlexit.domain import Domain, Played, Progress, Split, Watch
 from rlexit.exit_policy import ExitPolicy
 from rlexit.interrupts import Stopped
 from rlexit.network import StagedNetwork
@@ -91,8 +92,7 @@ def evaluate(
             continue
         recorded = [episode == 0 and bool(policies[index].provenance) for index, episode in jobs]
         record = sum(recorded) if steps is not None else 0
-        before = counted
-        inner = replace(watch, progress=lambda n, _, facts, before=before: watch.progress(before + n, total, facts))
+        inner = replace(watch, progress=_shifted(watch, counted, total))
         for played in domain.play(subject.network, policies, jobs, split, record, inner):
             row = _row(domain, subject, policies[played.policy], played, split)
             # Before the row: an episode whose row is there is never played again.
@@ -107,6 +107,15 @@ def evaluate(
     if found:
         write_rows(path, found)
     return found
+
+
+def _shifted(watch: Watch, before: int, total: int) -> Progress:
+    """Progress of a part told as progress of the whole."""
+
+    def tell(done: int, part: int, facts: dict[str, float]) -> None:
+        watch.progress(before + done, total, facts)
+
+    return tell
 
 
 def _row(domain: Domain, subject: Subject, policy: ExitPolicy, played: Played, split: Split) -> Row:
@@ -141,7 +150,7 @@ def _save_steps(path: Path, played: Played) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = {name: np.asarray(values) for name, values in played.steps.items()}
     with open(path, "wb") as file:
-        np.savez_compressed(file, **arrays)
+        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
 
 def time_calls(call: Callable[[Tensor], object], inputs: Tensor, warm_up: int = 20) -> tuple[float, float]:
@@ -179,7 +188,7 @@ def latencies(domain: Domain, subject: Subject, inputs: Tensor) -> Iterator[Late
     for policy in subject.policies:
         torch.set_num_threads(1)
         try:
-            p50, p95 = time_calls(lambda row, policy=policy: run(network, policy, row), inputs)
+            p50, p95 = time_calls(partial(run, network, policy), inputs)
         finally:
             torch.set_num_threads(threads)
         name = method_name(subject.method, policy.rule)

@@ -93,4 +93,6 @@ def threshold_rows(policies: Sequence[ExitPolicy], exits: int) -> Float[Tensor, 
             )
     if len({policy.rule for policy in policies}) > 1:
         raise ValueError(f"`rule` must be the same within a batch, got {sorted({policy.rule for policy in policies})}.")
-    return torch.tensor([policy.thresholds for policy in policies], dtype=torch.float32).reshape(len(policies), exits - 1)
+    return torch.tensor([policy.thresholds for policy in policies], dtype=torch.float32).reshape(
+        len(policies), exits - 1
+    )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -10,7 +12,8 @@ from torch.nn import functional
 from rlexit.config import HeadConfig
 from rlexit.registry import Registry
 
-heads: Registry[type[Head]] = Registry("head")
+# A head is built from the shape of its features, A, its config, and whether it reads the exit before.
+heads: Registry[Callable[[tuple[int, ...], int, HeadConfig, bool], Head]] = Registry("head")
 
 
 class SDNPool(nn.Module):
@@ -26,7 +29,9 @@ class SDNPool(nn.Module):
         self.side = side
         self.mix = nn.Parameter(torch.rand(()))
 
-    def forward(self, features: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch channels side side"]:
+    def forward(
+        self, features: Float[Tensor, "batch channels height width"]
+    ) -> Float[Tensor, "batch channels side side"]:
         """Pools to `side` x `side`; a smaller map is repeated."""
         largest = functional.adaptive_max_pool2d(features, self.side)
         average = functional.adaptive_avg_pool2d(features, self.side)

@@ -24,6 +24,7 @@ class StopFlag:
         self.signum: int | None = None
 
     def __call__(self) -> bool:
+        """Whether a signal came."""
         return self.signum is not None
 
 

@@ -10,15 +10,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
-from rlexit.state import map_tensors
+from rlexit.state import leaves_of, map_tensors
 
 _counted: weakref.WeakKeyDictionary[nn.Module, dict[Any, int]] = weakref.WeakKeyDictionary()
 
 
 def _signature(tree: Any) -> str:
-    shapes: list[str] = []
-    map_tensors(lambda leaf: shapes.append(f"{tuple(leaf.shape[1:])}{leaf.dtype}") or leaf, tree)
-    return ";".join(shapes)
+    return ";".join(f"{tuple(leaf.shape[1:])}{leaf.dtype}" for leaf in leaves_of(tree))
 
 
 def _meta_row(leaf: Tensor) -> Tensor:

@@ -63,7 +63,9 @@ class StagedNetwork(nn.Module):
             if name not in units:
                 raise ValueError(f"`exits` and `gates` must name units, got {name!r}. Units: {', '.join(units)}.")
         if self.unit_names[-1] not in exits:
-            raise ValueError(f"`exits` must have the last unit {self.unit_names[-1]!r}, got {list(exits)}. Add its head.")
+            raise ValueError(
+                f"`exits` must have the last unit {self.unit_names[-1]!r}, got {list(exits)}. Add its head."
+            )
         self.exit_names = tuple(name for name in self.unit_names if name in exits)
         if exits[self.exit_names[0]].reads_previous:
             raise ValueError(f"`exits` must start with a head that reads no logits, got {self.exit_names[0]!r}.")
@@ -104,7 +106,10 @@ class StagedNetwork(nn.Module):
         )
 
     def decide(
-        self, state: ExitState, mode: Mode = "greedy", given: Decision | None = None,
+        self,
+        state: ExitState,
+        mode: Mode = "greedy",
+        given: Decision | None = None,
         generator: torch.Generator | None = None,
     ) -> tuple[ExitState, Decision | None]:
         """Asks the gate before the next unit, if there is one, and charges the rows for it."""
@@ -113,9 +118,7 @@ class StagedNetwork(nn.Module):
             return state, None
         gate: Gate = self.gates[name]  # type: ignore[assignment]
         decision, carry = gate.decide(state, mode, given, generator)
-        state = replace(
-            state, carry=carry, decisions=(*state.decisions, decision), macs=state.macs + gate.macs(state)
-        )
+        state = replace(state, carry=carry, decisions=(*state.decisions, decision), macs=state.macs + gate.macs(state))
         return state, decision
 
     def advance(self, state: ExitState, decision: Decision | None = None, *, dense: bool = False) -> ExitState:

@@ -57,7 +57,9 @@ class Meter:
             rate = (done - begun) / max(now - began, 1e-9)
             left = f"eta {_spell(max(total - done, 0) / rate)}" if rate > 0 else "eta ?"
             speed = f"{rate:.0f} {self.unit}/s" if rate >= 1 else f"{rate:.2f} {self.unit}/s"
-            self.console.print(f"{self.name:<10} {min(done / max(total, 1), 1):4.0%}  {done}/{total}  {speed}  {left}  {text}")
+            self.console.print(
+                f"{self.name:<10} {min(done / max(total, 1), 1):4.0%}  {done}/{total}  {speed}  {left}  {text}"
+            )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -61,7 +61,9 @@ class RunLog:
 
     def hyperparameters(self, settings: dict[str, object], results: dict[str, float]) -> None:
         """Writes the settings and what they led to as TensorBoard's HPARAMS row."""
-        flat = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in settings.items()}
+        flat = {
+            key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in settings.items()
+        }
         self._board.add_hparams(flat, results, run_name="hparams")
 
     def flush(self) -> None:

@@ -122,7 +122,11 @@ def run(
 
 @torch.no_grad()
 def replay(
-    network: StagedNetwork, exit_policy: ExitPolicy, inputs: Any, *, thresholds: Float[Tensor, "batch early"] | None = None
+    network: StagedNetwork,
+    exit_policy: ExitPolicy,
+    inputs: Any,
+    *,
+    thresholds: Float[Tensor, "batch early"] | None = None,
 ) -> RunResult:
     """Computes every exit and picks afterwards: acts as `run` does, saves nothing, and charges what it computed.
 
@@ -158,7 +162,9 @@ def replay(
 
 def _check(thresholds: Float[Tensor, "rows limits"], shape: tuple[int, int]) -> None:
     if thresholds.shape != shape:
-        raise ValueError(f"`thresholds` must be {shape}, got {tuple(thresholds.shape)}. Give one per row and early exit.")
+        raise ValueError(
+            f"`thresholds` must be {shape}, got {tuple(thresholds.shape)}. Give one per row and early exit."
+        )
     if bool(thresholds.isnan().any()):
         raise ValueError("`thresholds` must be numbers, got nan. Use inf to close an exit.")
 
@@ -181,7 +187,9 @@ def _built(network: StagedNetwork, rule: Rule, limits: Sequence[Any]) -> list[An
             wanted = bool(wanted.any())
         built[exit] = wanted
         reads_previous = wanted & network.head(exit).reads_previous
-        reads_all = reads_all | (wanted & (rule.needs_every_exit | (ensemble.needs_every_exit and exit < ensemble.exits)))
+        reads_all = reads_all | (
+            wanted & (rule.needs_every_exit | (ensemble.needs_every_exit and exit < ensemble.exits))
+        )
     return built
 
 

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -79,13 +80,13 @@ def resolve(place: Place, words: Sequence[str]) -> CoreConfig:
     Raises:
         ValueError: an unknown key (the nearest valid one is named), a wrong type, a value out of range.
     """
-    from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser
+    from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser  # type: ignore[attr-defined]
 
     files = config_files()
     kind = _kind(_read(place.file), place.file)
     keys = _keys(kind)
     arguments = ["--config", str(place.file), *_prepared(words, keys, files)]
-    for path in (Path(value) for flag, value in zip(arguments, arguments[1:], strict=False) if flag == "--config"):
+    for path in (Path(value) for flag, value in pairwise(arguments) if flag == "--config"):
         _check_keys(_read(path), keys, path)
     parser = ArgumentParser(prog="rlexit", exit_on_error=False, add_help=False)
     parser.add_argument("--config", action=ActionConfigFile)
@@ -97,7 +98,9 @@ def resolve(place: Place, words: Sequence[str]) -> CoreConfig:
             made = parser.instantiate(parsed)
         except ArgumentError as error:
             raise ValueError(_explain(str(error), keys)) from error
-    config: CoreConfig = kind(**{field.name: made[field.name] for field in dataclasses.fields(kind) if field.name in made})
+    config: CoreConfig = kind(
+        **{field.name: made[field.name] for field in dataclasses.fields(kind) if field.name in made}
+    )
     if place.methods and not any(word.split("=")[0] == "--methods" for word in words):
         config = dataclasses.replace(config, methods=place.methods)
     return config

@@ -28,9 +28,21 @@ def map_tensors(function: Callable[..., Tensor], tree: Any, *others: Any) -> Any
         return type(tree)(*parts) if hasattr(tree, "_fields") else type(tree)(parts)
     if is_dataclass(tree) and not isinstance(tree, type):
         names = [field.name for field in fields(tree)]
-        parts = {n: map_tensors(function, getattr(tree, n), *(getattr(o, n) for o in others)) for n in names}
-        return replace(tree, **parts)
+        changed = {n: map_tensors(function, getattr(tree, n), *(getattr(o, n) for o in others)) for n in names}
+        return replace(tree, **changed)
     return tree
+
+
+def leaves_of(tree: Any) -> list[Tensor]:
+    """All tensors of a tree, in its order."""
+    found: list[Tensor] = []
+
+    def keep(leaf: Tensor) -> Tensor:
+        found.append(leaf)
+        return leaf
+
+    map_tensors(keep, tree)
+    return found
 
 
 def take(tree: Any, index: Int[Tensor, " rows"]) -> Any:

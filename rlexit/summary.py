@@ -88,11 +88,6 @@ class Point:
         """Whether nothing is decided per row: no rule, or one that always or never leaves at every exit."""
         return not self.rule or (bool(self.thresholds) and not any(map(math.isfinite, self.thresholds)))
 
-    @property
-    def units(self) -> tuple[float, ...]:
-        """What an interval resamples: the seeds' means where there are several seeds, else the episodes."""
-        return self.per_seed if len(self.run_seeds) > 1 else self.values[0]
-
 
 def check_protocols(rows: Sequence[Row], allow_mixed: bool = False) -> None:
     """Refuses rows of one task that were measured in different ways.

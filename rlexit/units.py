@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from rlexit.gates import Decision
 from rlexit.macs import macs_per_row
-from rlexit.state import map_tensors, put, take
+from rlexit.state import leaves_of, map_tensors, put, take
 
 
 class Unit(nn.Module):
@@ -116,6 +116,5 @@ class ModuleUnit(Unit):
 
 
 def _batch(features: Any) -> tuple[int, torch.device]:
-    leaves: list[Tensor] = []
-    map_tensors(lambda leaf: leaves.append(leaf) or leaf, features)
-    return int(leaves[0].shape[0]), leaves[0].device
+    first = leaves_of(features)[0]
+    return int(first.shape[0]), first.device

@@ -83,7 +83,9 @@ class Session:
         settings = {"method": method, "seed": self.seed, **upstream}
         if name == "distill":
             sections = self.settings("network", "head", "collect", "distill")
-            return Stage(self.method(method), name, {**settings, **sections}, config, ("state*", "policy*", "scalars.csv", "tb"))
+            return Stage(
+                self.method(method), name, {**settings, **sections}, config, ("state*", "policy*", "scalars.csv", "tb")
+            )
         settings["policy"] = _weights_hash(self.method(method), POLICY)
         if name == "calibrate":
             settings |= self.settings("calibrate")
@@ -142,7 +144,9 @@ def distill(session: Session, method: str) -> None:
     with session.watch(f"distill {method}", "samples") as watch:
         batches = session.domain.batches(session.seed)
         facts = Distiller(student, batches, config, folder, session.seed, watch.stop, watch.progress).run()
-    tensors = {f"{name}/{key}": value for name, network in networks.items() for key, value in _learnt(network, method).items()}
+    tensors = {
+        f"{name}/{key}": value for name, network in networks.items() for key, value in _learnt(network, method).items()
+    }
     checkpoint.save(folder, POLICY, tensors, {"method": method, "seed": session.seed, "curves": facts})
     stage.finish(facts)
 
@@ -251,7 +255,9 @@ def evaluate_method(session: Session, method: str) -> None:
     networks = load_network(session, method)
     # Evaluating again with --force is no reason to calibrate again.
     fresh = session.stage("calibrate", method).is_done()
-    calibrated = [] if METHODS[method].static else calibrate(replace(session, force=session.force and not fresh), method)
+    calibrated = (
+        [] if METHODS[method].static else calibrate(replace(session, force=session.force and not fresh), method)
+    )
     stage = session.stage("evaluate", method)
     folder = session.method(method)
     if not session.begin(stage):
@@ -262,7 +268,11 @@ def evaluate_method(session: Session, method: str) -> None:
     settings = session.domain.config.evaluate
     path = folder / "eval" / "episodes.csv"
     for name, network in networks.items():
-        policies = [replace(ExitPolicy.full(1), label=name)] if name else _operating_points(session, method, network, calibrated)
+        policies = (
+            [replace(ExitPolicy.full(1), label=name)]
+            if name
+            else _operating_points(session, method, network, calibrated)
+        )
         subject = Subject(method, session.seed, network, policies, full)
         if not name:
             _print_costs(session, network)
@@ -300,7 +310,9 @@ def _measure_latency(session: Session, subject: Subject, folder: Path) -> None:
         return
     inputs = session.domain.rows(network, ExitPolicy.full(network.exits), CALIBRATION_ROWS, Watch(session.stop))
     spread = inputs[torch.linspace(0, len(inputs) - 1, min(count, len(inputs))).long()]
-    append_rows(path, [row for row in latencies(session.domain, subject, spread) if (row.method, row.label) not in known])
+    append_rows(
+        path, [row for row in latencies(session.domain, subject, spread) if (row.method, row.label) not in known]
+    )
 
 
 def calibrated_policy(session: Session, method: str, label: str | None = None) -> ExitPolicy:
@@ -386,7 +398,9 @@ def _learnt(network: StagedNetwork, method: str) -> dict[str, torch.Tensor]:
 def _print_costs(session: Session, network: StagedNetwork) -> None:
     costs = cost_table(network, session.domain.example())
     cells = [f"{name} {macs / 1e6:.2f} M ({relative:.3f})" for name, macs, relative in exit_costs(network, costs)]
-    session.console.print(f"cost       full {costs.full / 1e6:.2f} M MACs, {parameters(network):,} parameters; exits: {', '.join(cells)}")
+    session.console.print(
+        f"cost       full {costs.full / 1e6:.2f} M MACs, {parameters(network):,} parameters; exits: {', '.join(cells)}"
+    )
 
 
 def _made(folder: Path, name: str, verb: str) -> Path:

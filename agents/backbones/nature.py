@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from rlexit.config import HeadConfig
 from rlexit.ensembles import Ensemble
-from rlexit.heads import Head, HeadConfig, ModuleHead, heads
+from rlexit.heads import Head, ModuleHead, heads
 from rlexit.network import StagedNetwork
 from rlexit.units import ModuleUnit, Unit
 
@@ -57,7 +58,7 @@ def nature_network(
     exits: dict[str, Head] = {}
     for name in UNIT_NAMES:
         if name in taps:
-            exits[name] = heads[config.kind](shapes[name], actions, config, cascade and bool(exits))  # type: ignore[call-arg]
+            exits[name] = heads[config.kind](shapes[name], actions, config, cascade and bool(exits))
     exits["fc"] = ModuleHead(nn.Linear(dense, actions))
     return StagedNetwork(units, exits, actions, ensemble)
 
@@ -67,7 +68,8 @@ def initialise(network: StagedNetwork) -> StagedNetwork:
     for name, module in network.named_modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             nn.init.orthogonal_(module.weight, 0.01 if name.startswith("heads.") else 2**0.5)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
     return network
 
 
@@ -94,5 +96,7 @@ def load_sb3(network: StagedNetwork, tensors: Mapping[str, Tensor]) -> None:
                 source, target = tensors.get(f"{theirs}.{kind}"), own[f"{ours}.{kind}"]
                 found = "nothing" if source is None else tuple(source.shape)
                 if source is None or source.shape != target.shape:
-                    raise ValueError(f"`{theirs}.{kind}` must be {tuple(target.shape)}, got {found}. Use a NatureCNN teacher.")
+                    raise ValueError(
+                        f"`{theirs}.{kind}` must be {tuple(target.shape)}, got {found}. Use a NatureCNN teacher."
+                    )
                 target.copy_(source)

@@ -219,7 +219,9 @@ def test_a_manifest_of_wrong_types_is_refused_by_name(saved, changes):
         load(saved, "policy")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "null", "3", "{}", "[" * 100_000, '{"a":' * 100_000, "\ud800", "9" * 10_000])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "null", "3", "{}", "[" * 100_000, '{"a":' * 100_000, "\ud800", "9" * 10_000]
+)
 def test_a_manifest_that_is_none_is_refused_by_name(saved, text):
     (saved / "policy.json").write_text(text, encoding="utf-8", errors="surrogatepass")
     with pytest.raises(CheckpointError, match=r"policy.json` is cut or no manifest of rlexit"):

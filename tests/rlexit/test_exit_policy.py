@@ -75,7 +75,9 @@ def test_a_network_without_early_exits_has_rows_without_thresholds():
 
 
 def test_a_policy_for_another_number_of_exits_is_refused():
-    with pytest.raises(ValueError, match=r"`thresholds` must have 3 values for 4 exits, got 2 in 'margin@0.1'. Calibrate"):
+    with pytest.raises(
+        ValueError, match=r"`thresholds` must have 3 values for 4 exits, got 2 in 'margin@0.1'. Calibrate"
+    ):
         threshold_rows([ExitPolicy("margin", (0.1, 0.1))], 4)
 
 

@@ -31,7 +31,9 @@ def attempt(folder, resume_step: int, steps) -> None:
 
 def test_points_stand_in_both_files(tmp_path):
     attempt(tmp_path, 0, range(1, 4))
-    assert (tmp_path / "scalars.csv").read_text() == "step,tag,value\n1,distill/kl,0.25\n2,distill/kl,0.5\n3,distill/kl,0.75\n"
+    assert (
+        tmp_path / "scalars.csv"
+    ).read_text() == "step,tag,value\n1,distill/kl,0.25\n2,distill/kl,0.5\n3,distill/kl,0.75\n"
     assert read_scalars(tmp_path) == [(1, "distill/kl", 0.25), (2, "distill/kl", 0.5), (3, "distill/kl", 0.75)]
     assert board(tmp_path, "distill/kl") == [(1, 0.25), (2, 0.5), (3, 0.75)]
 

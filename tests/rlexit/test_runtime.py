@@ -305,9 +305,10 @@ def test_a_head_is_built_for_the_rows_that_need_it_only():
 def test_a_finite_threshold_that_nobody_passes_pays_for_its_head():
     network, inputs = staged(cascade=False), TOYS["cascade"].inputs(4)
     costs = cost_table(network, inputs)
-    assert run(network, ExitPolicy("confidence", (1e9, INF)), inputs).macs.tolist() == [
-        costs.full + costs.heads["conv0"]
-    ] * 4
+    assert (
+        run(network, ExitPolicy("confidence", (1e9, INF)), inputs).macs.tolist()
+        == [costs.full + costs.heads["conv0"]] * 4
+    )
     assert run(network, ExitPolicy.full(EXITS), inputs).macs.tolist() == [costs.full] * 4
     assert run(network, ExitPolicy("confidence", (1e9, 1e9)), inputs).macs.tolist() == [costs.exits[-1]] * 4
 
@@ -327,7 +328,9 @@ LIMITS = st.sampled_from([-INF, INF, 0.0, 0.2, 0.25, 0.3, 0.35, 0.4, 0.6, 0.8, 1
 
 @pytest.mark.parametrize("name", list(TOYS))
 @settings(max_examples=6)
-@given(table=st.lists(st.tuples(LIMITS, LIMITS), min_size=7, max_size=7), rule=st.sampled_from(["confidence", "patience"]))
+@given(
+    table=st.lists(st.tuples(LIMITS, LIMITS), min_size=7, max_size=7), rule=st.sampled_from(["confidence", "patience"])
+)
 def test_thresholds_per_row_act_as_each_rows_own_policy(name, table, rule):
     toy = TOYS[name]
     network = toy.network()
@@ -475,7 +478,10 @@ def test_memory_goes_from_step_to_step_with_its_row_wherever_it_left():
 
 def test_memory_of_no_rows_is_empty():
     network = TOYS["memory"].network()
-    assert run(network, ExitPolicy("confidence", (0.5, 0.5)), TOYS["memory"].inputs(0)).memory["past"].shape == (0, CHANNELS)
+    assert run(network, ExitPolicy("confidence", (0.5, 0.5)), TOYS["memory"].inputs(0)).memory["past"].shape == (
+        0,
+        CHANNELS,
+    )
 
 
 def test_decisions_name_the_rows_that_they_were_made_for():

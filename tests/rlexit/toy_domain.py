@@ -6,6 +6,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +168,7 @@ class ToyDomain:
         checkpoint.save(folder, "teacher", network.state_dict(), {"env": {"game": self.task}})
 
     def accept(self, folder: Path) -> None:
-        facts = checkpoint.load_facts(folder, "teacher")
+        _, facts = checkpoint.load(folder, "teacher")
         if facts["env"]["game"] != self.task:
             raise checkpoint.CheckpointError(
                 f"`{folder}` holds a teacher whose env.game is {facts['env']['game']!r}, the config says {self.task!r}."
@@ -246,6 +247,7 @@ class ToyDomain:
             watch.progress(number + 1, len(jobs), {})
 
 
+@cache
 def observations(seed: int) -> tuple[Tensor, Tensor]:
     """One game's observations and the actions that are rewarded: what the teacher of seed 0 does, now and then not."""
     generator = torch.Generator().manual_seed(seed)
@@ -299,4 +301,6 @@ def changed(config: ToyConfig, section: str, **values: Any) -> ToyConfig:
 
 def files(folder: Path) -> dict[str, bytes]:
     """Every file below a folder, by its path."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+    }

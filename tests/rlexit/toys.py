@@ -365,7 +365,9 @@ class RememberingNetwork(StagedNetwork):
 # ---- networks ----
 
 
-def linear_heads(places: Sequence[str], shape: tuple[int, ...], cascade: bool = False, **settings: Any) -> dict[str, Head]:
+def linear_heads(
+    places: Sequence[str], shape: tuple[int, ...], cascade: bool = False, **settings: Any
+) -> dict[str, Head]:
     """Linear heads with spread logits, the last one the backbone's own."""
     config = HeadConfig(kind="linear", **settings)
     found: dict[str, Head] = {}
