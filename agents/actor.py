@@ -62,8 +62,8 @@ def load_actor(folder: Path, label: str | None = None) -> ExitingActor:
 
     from agents.domain import AgentsDomain
     from rlexit.interrupts import StopFlag
+    from rlexit.session import Session, calibrated_policy, load_network
     from rlexit.settings import locate, resolve
-    from rlexit.verbs import Session, calibrated_policy, load_network
 
     place = locate(str(folder), folder)
     domain = AgentsDomain(resolve(place, []))  # type: ignore[arg-type]

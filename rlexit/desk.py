@@ -47,7 +47,7 @@ def work(verb: str, options: argparse.Namespace, config: CoreConfig, place: Plac
     import torch
 
     from rlexit.interrupts import Stopped, stop_on_signals
-    from rlexit.verbs import Session
+    from rlexit.session import Session
 
     torch.set_num_threads(options.threads or os.cpu_count() or 1)
     # Weights that have decayed to denormals cost a factor of four on a CPU.

@@ -197,6 +197,9 @@ class Distiller:
             parameter.requires_grad_(False)
         for parameter in (*self.student.learners().parameters(), *self.student.ensemble.parameters()):
             parameter.requires_grad_(True)
+        # A frozen backbone has frozen batch statistics too.
+        self.student.eval()
+        self.student.learners().train()
         if checkpoint.exists(self.folder, STATE):
             self._restore()
         facts: dict[str, float] = {}
@@ -204,10 +207,11 @@ class Distiller:
             while self.samples < self.total:
                 facts = self._segment(log)
                 if self.samples < self.total:
-                    self._save()
+                    # Points first: a kill in between leaves points too many, which a resume drops, and none too few.
                     log.flush()
-                if self.stop():
-                    raise Stopped
+                    self._save()
+                    if self.stop():
+                        raise Stopped
         return facts
 
     def _segment(self, log: RunLog) -> dict[str, float]:

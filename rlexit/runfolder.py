@@ -72,7 +72,7 @@ class Stage:
         Raises:
             FolderError: the folder holds this stage of another config.
         """
-        done, started = _read(self._done), _read(self._started)
+        done, started = self._note(self._done, force), self._note(self._started, force)
         for found in (done, started):
             if found and found.get("hash") != self.hash:
                 if not force:
@@ -89,6 +89,14 @@ class Stage:
         facts = {"hash": self.hash, "settings": self.settings, "config": self.config, **environment()}
         write_json(self._started, {**facts, "attempts": int(started.get("attempts", 0)) + 1})
         return True
+
+    def _note(self, path: Path, force: bool) -> dict[str, Any]:
+        try:
+            return _read(path)
+        except FolderError:
+            if not force:
+                raise
+            return {"hash": "damaged"}
 
     def clear(self) -> None:
         """Removes what the stage left; other stages of the folder stay."""

@@ -130,7 +130,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"`{path}` must have at most {MAX_CONFIG_BYTES} bytes, got {path.stat().st_size}.")
     try:
         text = path.read_text(encoding="utf-8")
-        if re.search(r"(^|[\s\[,:-])[&*][A-Za-z0-9_]", text):
+        if any(isinstance(token, (yaml.AnchorToken, yaml.AliasToken)) for token in yaml.scan(text)):
             raise ValueError(f"`{path}` must hold no YAML anchors or aliases. Write the values out.")
         content = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -171,7 +171,8 @@ def _check_keys(content: dict[str, Any], keys: dict[str, Any], path: Path, prefi
 
 
 def _prepared(words: Sequence[str], keys: dict[str, Any], files: dict[str, Path]) -> list[str]:
-    """Resolves config names, and spells single values of lists and powers of ten as the parser reads them."""
+    """Files first, whatever their place; single values of lists and powers of ten as the parser reads them."""
+    configs: list[str] = []
     prepared: list[str] = []
     pending: str | None = None
     for word in words:
@@ -189,12 +190,12 @@ def _prepared(words: Sequence[str], keys: dict[str, Any], files: dict[str, Path]
         else:
             raise ValueError(f"`{word}` was not expected here. Settings are given as --section.key value.")
         if name == "config":
-            prepared += ["--config", str(files.get(value, value))]
+            configs += ["--config", str(files.get(value, value))]
         else:
             prepared += [f"--{name}", _spell(value, keys[name])]
     if pending is not None:
         raise ValueError(f"`--{pending}` needs a value, got none.")
-    return prepared
+    return configs + prepared
 
 
 def _spell(value: str, default: Any) -> str:

@@ -2,113 +2,41 @@
 
 from __future__ import annotations
 
-import dataclasses
 import struct
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from rlexit import calibrate as calibration
 from rlexit import checkpoint
 from rlexit.config import METHODS
 from rlexit.costs import cost_table, parameters
 from rlexit.distill import Distiller, ExitStudent, StaticStudent
-from rlexit.domain import Domain, Watch
+from rlexit.domain import Watch
 from rlexit.ensembles import ensembles
 from rlexit.evaluate import Subject, evaluate, exit_costs, latencies, method_name
 from rlexit.exit_policy import ExitPolicy
-from rlexit.interrupts import StopFlag, Stopped
 from rlexit.network import StagedNetwork
-from rlexit.progress import Meter
-from rlexit.registry import unknown
 from rlexit.rows import append_rows, read_latency
-from rlexit.runfolder import Stage
 from rlexit.runlog import RunLog
-from rlexit.settings import CONFIG, to_yaml
+from rlexit.session import (
+    EXIT_POLICIES,
+    POLICY,
+    TEACHER,
+    Session,
+    calibrated_policy,
+    learnt,
+    load_network,
+    made,
+    networks_of,
+    policies_of,
+    weights_hash,
+)
 
-TEACHER = "teacher"
-POLICY = "policy"
-EXIT_POLICIES = "exit_policies"
 CALIBRATION_ROWS = 4000
-
-
-@dataclass(frozen=True)
-class Session:
-    """One run: a domain with its config, a folder, a seed, and how to talk to the person.
-
-    Args:
-        domain: the task.
-        root: `runs/<name>`.
-        seed: of this run's training and distillation.
-        console: where to print.
-        stop: true after a signal.
-        force: start stages of another config over.
-    """
-
-    domain: Domain
-    root: Path
-    seed: int
-    console: Console
-    stop: StopFlag
-    force: bool = False
-
-    @property
-    def teacher(self) -> Path:
-        """Folder of the teacher; shared by all methods and seeds of the run."""
-        return self.root / "teacher"
-
-    def method(self, method: str) -> Path:
-        """Folder of one method and seed."""
-        return self.root / method / f"s{self.seed}"
-
-    def settings(self, *sections: str) -> dict[str, Any]:
-        """Some sections of the config as JSON values."""
-        config = dataclasses.asdict(self.domain.config)
-        return {name: _jsonable(config[name]) for name in sections if name in config}
-
-    def stage(self, name: str, method: str = "") -> Stage:
-        """A stage with everything that its result depends on."""
-        config = _jsonable(dataclasses.asdict(self.domain.config))
-        if name == "train":
-            settings = self.settings("domain", "env", "data", "teacher", "train")
-            return Stage(self.teacher, name, settings, config, ("state*", "teacher*", "scalars.csv", "tb"))
-        upstream = {"teacher": _weights_hash(self.teacher, TEACHER)}
-        if name == "evaluate" and not method:
-            return Stage(self.teacher, name, {**upstream, **self.settings("evaluate")}, config, ("eval",))
-        settings = {"method": method, "seed": self.seed, **upstream}
-        if name == "distill":
-            sections = self.settings("network", "head", "collect", "distill")
-            return Stage(
-                self.method(method), name, {**settings, **sections}, config, ("state*", "policy*", "scalars.csv", "tb")
-            )
-        settings["policy"] = _weights_hash(self.method(method), POLICY)
-        if name == "calibrate":
-            settings |= self.settings("calibrate")
-            # Calibration episodes are played as test episodes are.
-            settings["evaluate"] = {name: config["evaluate"][name] for name in ("actions", "execution", "n_envs")}
-            return Stage(self.method(method), name, settings, config, ("exit_policies*", "calibration"))
-        settings["calibrated"] = self.settings("calibrate")
-        return Stage(self.method(method), name, {**settings, **self.settings("evaluate")}, config, ("eval",))
-
-    def begin(self, stage: Stage) -> bool:
-        """Opens a stage for work, and keeps the config that it is made with as the run's own; False if it is done."""
-        if not stage.begin(self.force):
-            return False
-        checkpoint.write_atomic(self.root / CONFIG, to_yaml(self.domain.config).encode())
-        return True
-
-    @contextmanager
-    def watch(self, name: str, unit: str = "") -> Iterator[Watch]:
-        """A meter on the console, and the stop flag; raises Stopped at its end after a signal."""
-        with Meter(name, self.console, unit) as meter:
-            yield Watch(self.stop, meter)
-        if self.stop():
-            raise Stopped
 
 
 def train(session: Session) -> None:
@@ -119,19 +47,19 @@ def train(session: Session) -> None:
         return
     with session.watch("train", "steps") as watch:
         session.domain.train(session.teacher, session.seed, watch)
-    stage.finish({"teacher": _weights_hash(session.teacher, TEACHER)})
+    stage.finish({"teacher": weights_hash(session.teacher, TEACHER)})
 
 
 def distill(session: Session, method: str) -> None:
     """Trains the exits of one method on the frozen teacher, or the small static networks."""
-    session.domain.accept(_made(session.teacher, TEACHER, "train"))
+    session.domain.accept(made(session.teacher, TEACHER, "train"))
     stage = session.stage("distill", method)
     folder = session.method(method)
     if not session.begin(stage):
         session.console.print(f"distill    done already  {folder}")
         return
     torch.manual_seed(session.seed)
-    networks = _networks(session, method)
+    networks = networks_of(session, method)
     if METHODS[method].static:
         teacher = session.domain.network(session.teacher, False, "none")
         none = ensembles["none"](len(networks), teacher.outputs)
@@ -145,7 +73,7 @@ def distill(session: Session, method: str) -> None:
         batches = session.domain.batches(session.seed)
         facts = Distiller(student, batches, config, folder, session.seed, watch.stop, watch.progress).run()
     tensors = {
-        f"{name}/{key}": value for name, network in networks.items() for key, value in _learnt(network, method).items()
+        f"{name}/{key}": value for name, network in networks.items() for key, value in learnt(network, method).items()
     }
     checkpoint.save(folder, POLICY, tensors, {"method": method, "seed": session.seed, "curves": facts})
     stage.finish(facts)
@@ -169,7 +97,7 @@ def calibrate(session: Session, method: str) -> list[ExitPolicy]:
         calibration.check_target(costs, target)
     if not session.begin(stage):
         session.console.print(f"calibrate  done already  {folder}")
-        return _policies(stage.result()["policies"])
+        return policies_of(stage.result()["policies"])
     found: list[ExitPolicy] = []
     missed: list[str] = []
 
@@ -232,7 +160,7 @@ def _candidates(
 
 def evaluate_teacher(session: Session) -> None:
     """Plays the teacher and a random actor on the test episodes."""
-    session.domain.accept(_made(session.teacher, TEACHER, "train"))
+    session.domain.accept(made(session.teacher, TEACHER, "train"))
     stage = session.stage("evaluate")
     if not session.begin(stage):
         return
@@ -315,26 +243,6 @@ def _measure_latency(session: Session, subject: Subject, folder: Path) -> None:
     )
 
 
-def calibrated_policy(session: Session, method: str, label: str | None = None) -> ExitPolicy:
-    """A calibrated exit policy by its label, the first by default.
-
-    Raises:
-        CheckpointError: no exit policy is calibrated.
-        LookupError: none of that label is.
-    """
-    folder = session.method(method)
-    facts = checkpoint.load_facts(_made(folder, EXIT_POLICIES, "calibrate"), EXIT_POLICIES)
-    policies = {policy.label: policy for policy in _policies(facts["policies"])}
-    if not policies:
-        raise checkpoint.CheckpointError(
-            f"`{folder}` must hold a calibrated exit policy, got none: no target could be met. "
-            "Run `rlexit calibrate` with other targets, such as --target_macs 0.5 --force."
-        )
-    if label is not None and label not in policies:
-        raise unknown("policy", label, policies)
-    return policies[label] if label is not None else next(iter(policies.values()))
-
-
 def video(session: Session, method: str, episode: int, label: str | None, steps: int) -> Path:
     """Films a test episode under a calibrated exit policy, for the folder `video` and for TensorBoard.
 
@@ -361,65 +269,9 @@ def video(session: Session, method: str, episode: int, label: str | None, steps:
     return webp
 
 
-def load_network(session: Session, method: str) -> dict[str, StagedNetwork]:
-    """The distilled networks of a method in evaluation mode: one named "", or the static ones by name."""
-    folder = session.method(method)
-    tensors, _ = checkpoint.load(_made(folder, POLICY, "distill"), POLICY)
-    session.domain.accept(_made(session.teacher, TEACHER, "train"))
-    networks = _networks(session, method)
-    for name, network in networks.items():
-        mine = {key[len(name) + 1 :]: value for key, value in tensors.items() if key.startswith(f"{name}/")}
-        wanted = _learnt(network, method)
-        if {key: value.shape for key, value in mine.items()} != {key: value.shape for key, value in wanted.items()}:
-            raise checkpoint.CheckpointError(
-                f"`{folder}` holds exits of another network or method. Use the config that it was made with, or --force."
-            )
-        network.load_state_dict(mine, strict=False)
-        network.eval()
-    return networks
-
-
-def _networks(session: Session, method: str) -> dict[str, StagedNetwork]:
-    if METHODS[method].static:
-        return session.domain.static_networks(session.teacher)
-    kind = METHODS[method]
-    return {"": session.domain.network(session.teacher, kind.cascade, kind.ensemble)}
-
-
-def _learnt(network: StagedNetwork, method: str) -> dict[str, torch.Tensor]:
-    """What distillation changes and so saves: early heads and ensemble; static networks whole."""
-    state = network.state_dict()
-    if METHODS[method].static:
-        return dict(state)
-    frozen = ("units.", f"heads.{network.exit_names[-1]}.")
-    return {key: value for key, value in state.items() if not key.startswith(frozen)}
-
-
 def _print_costs(session: Session, network: StagedNetwork) -> None:
     costs = cost_table(network, session.domain.example())
     cells = [f"{name} {macs / 1e6:.2f} M ({relative:.3f})" for name, macs, relative in exit_costs(network, costs)]
     session.console.print(
         f"cost       full {costs.full / 1e6:.2f} M MACs, {parameters(network):,} parameters; exits: {', '.join(cells)}"
     )
-
-
-def _made(folder: Path, name: str, verb: str) -> Path:
-    if not checkpoint.exists(folder, name):
-        raise checkpoint.CheckpointError(f"`{folder}` must hold `{name}.json`, got none. Run `rlexit {verb}` first.")
-    return folder
-
-
-def _weights_hash(folder: Path, name: str) -> str:
-    return checkpoint.weights_hash(folder, name) if checkpoint.exists(folder, name) else ""
-
-
-def _policies(values: Sequence[dict[str, Any]]) -> list[ExitPolicy]:
-    return [ExitPolicy.from_json(value) for value in values]
-
-
-def _jsonable(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _jsonable(inner) for key, inner in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_jsonable(inner) for inner in value]
-    return value

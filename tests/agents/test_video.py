@@ -23,6 +23,7 @@ from agents.domain import AgentsDomain, episode_seed
 from agents.envs import AtariVecEnv
 from agents.panel import Panel, Step
 from rlexit import checkpoint, verbs
+from rlexit import session as session_module
 from rlexit.config import EvaluateConfig, HeadConfig
 from rlexit.costs import cost_table
 from rlexit.exit_policy import ExitPolicy
@@ -350,7 +351,7 @@ def session(tmp_path):
     tensors = {f"{theirs}.{kind}": state[f"{ours}.{kind}"] for theirs, ours in names.items() for kind in kinds}
     checkpoint.save(session.teacher, "teacher", tensors, {"env": domain.protocol()})
     exits = domain.network(session.teacher, True, "geometric")
-    learnt = {f"/{key}": value for key, value in verbs._learnt(exits, "ztw").items()}
+    learnt = {f"/{key}": value for key, value in session_module.learnt(exits, "ztw").items()}
     checkpoint.save(session.method("ztw"), "policy", learnt, {})
     return session
 

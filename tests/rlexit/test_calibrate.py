@@ -183,7 +183,7 @@ def test_a_calibrated_policy_is_json_also_when_only_the_first_exit_is_affordable
 
 
 def test_an_impossible_target_is_refused_when_calibrating():
-    with pytest.raises(TargetError, match="`target_macs` must be at least 0.200"):
+    with pytest.raises(TargetError, match=r"`target_macs` must be at least 0.200"):
         calibrate_macs(lambda _: None, lambda _: scores_of([[0.5, 0.5]], 20, 60, 110), 3, 0.1, rounds=1)
 
 

@@ -114,7 +114,7 @@ def test_an_optimiser_goes_on_where_it_was(tmp_path):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_numbers_that_are_not_finite_are_not_saved_and_the_last_checkpoint_stays(saved, bad):
     before = {name: (saved / name).read_bytes() for name in files(saved)}
-    with pytest.raises(ValueError, match="`a.weight` must be finite, got NaN or infinity"):
+    with pytest.raises(ValueError, match=r"`a.weight` must be finite, got NaN or infinity"):
         save(saved, "policy", {**tensors(), "a.weight": torch.tensor([1.0, bad])}, FACTS)
     assert {name: (saved / name).read_bytes() for name in files(saved)} == before
 
@@ -186,7 +186,7 @@ def test_a_manifest_reaches_no_file_outside_its_folder(tmp_path, name):
     shutil.copy(next(folder.glob("*.safetensors")), outside)
     data = outside.read_bytes()
     forge(folder, weights={"file": name, "sha256": sha256(data), "bytes": len(data)})
-    with pytest.raises(CheckpointError, match="is missing|no manifest"):
+    with pytest.raises(CheckpointError, match=r"is missing|no manifest"):
         load(folder, "policy")
 
 
@@ -296,28 +296,29 @@ class Spy:
 
     def open(self, path, mode):
         self.note(f"open {kind(str(path))}")
-        file = self.real["open"](path, mode)
-        write = file.write
+        return Half(self.real["open"](path, mode), lambda: self.note(f"write {kind(str(path))}"))
 
-        class Half:
-            """Writes half of the bytes, and says so, before it writes all."""
 
-            def __getattr__(self, name):
-                return getattr(file, name)
+class Half:
+    """A file that writes half of the bytes, and says so, before it writes the rest."""
 
-            def __enter__(self):
-                return self
+    def __init__(self, file, note) -> None:
+        self.file, self.note = file, note
 
-            def __exit__(self, *error):
-                file.close()
+    def __getattr__(self, name):
+        return getattr(self.file, name)
 
-            def write(inner, data):
-                write(data[: len(data) // 2])
-                file.flush()
-                self.note(f"write {kind(str(path))}")
-                return write(data[len(data) // 2 :])
+    def __enter__(self):
+        return self
 
-        return Half()
+    def __exit__(self, *error):
+        self.file.close()
+
+    def write(self, data):
+        self.file.write(data[: len(data) // 2])
+        self.file.flush()
+        self.note()
+        return self.file.write(data[len(data) // 2 :])
 
 
 def kind(path: str) -> str:

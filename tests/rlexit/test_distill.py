@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from rlexit import checkpoint
 from rlexit.config import DistillConfig, HeadConfig
-from rlexit.distill import STATE, Act, Batches, Distiller, ExitStudent, StaticStudent, Student, learning_rate, loss_of
+from rlexit.distill import STATE, Distiller, ExitStudent, StaticStudent, Student, learning_rate, loss_of
+from rlexit.domain import Act, Batches
 from rlexit.ensembles import GeometricEnsemble, NoEnsemble
 from rlexit.heads import Head, LinearHead, ModuleHead
 from rlexit.interrupts import Diverged, Stopped
@@ -114,7 +115,7 @@ def ends(folder, config=CONFIG, stops=(), kills=()) -> tuple[dict[str, Tensor], 
 
 
 def test_agreement_rises_and_the_loss_falls_at_every_exit(tmp_path):
-    weights, curves, facts = ends(tmp_path)
+    _, curves, facts = ends(tmp_path)
     assert facts.keys() >= {"kl/exit0", "kl/exit1", "agree/exit0", "agree/exit1", "kl_without_ensemble/exit0"}
     for exit in range(2):
         agree = [value for _, tag, value in curves if tag == f"distill/agree/exit{exit}"]
@@ -325,7 +326,7 @@ def test_the_learning_rate_falls_twice():
 
 def test_a_network_without_early_exits_cannot_be_distilled():
     one = StagedNetwork({"a": block(1)}, {"a": ModuleHead(nn.Sequential(nn.Flatten(), nn.Linear(144, 2)))}, 2)
-    with pytest.raises(ValueError, match="`network.taps` must name at least one unit to distill, got none"):
+    with pytest.raises(ValueError, match=r"`network.taps` must name at least one unit to distill, got none"):
         ExitStudent(one)
 
 

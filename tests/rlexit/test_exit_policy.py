@@ -18,7 +18,7 @@ def test_nan_is_refused_and_the_exit_is_named():
 
 
 def test_an_unknown_rule_is_answered_with_the_nearest():
-    with pytest.raises(LookupError, match="`rule` must be a known name, got 'confidense'. Did you mean 'confidence'"):
+    with pytest.raises(LookupError, match=r"`rule` must be a known name, got 'confidense'. Did you mean 'confidence'"):
         ExitPolicy("confidense", (0.5,))
 
 

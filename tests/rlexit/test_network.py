@@ -211,7 +211,7 @@ def head() -> ModuleHead:
 
 
 def test_an_exit_that_names_no_unit_is_refused():
-    with pytest.raises(ValueError, match="`exits` and `gates` must name units, got 'b'. Units: a."):
+    with pytest.raises(ValueError, match=r"`exits` and `gates` must name units, got 'b'. Units: a."):
         StagedNetwork({"a": unit()}, {"a": head(), "b": head()}, 2)
     with pytest.raises(ValueError, match="`exits` and `gates` must name units, got 'c'"):
         StagedNetwork({"a": unit()}, {"a": head()}, 2, gates={"c": SkipGate()})

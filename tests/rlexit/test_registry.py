@@ -41,7 +41,7 @@ def test_a_wrong_name_is_answered_with_the_nearest(colours):
 
 
 def test_a_name_like_no_other_is_answered_with_all(colours):
-    with pytest.raises(LookupError, match="got 'xyz'. Known: green, red."):
+    with pytest.raises(LookupError, match=r"got 'xyz'. Known: green, red."):
         colours["xyz"]
 
 

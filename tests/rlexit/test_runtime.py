@@ -360,7 +360,7 @@ def test_leaving_is_strictly_above_the_threshold(golden):
 def test_nan_and_wrong_lengths_are_refused(execute):
     network, inputs = staged(), TOYS["cascade"].inputs(2)
     policy = ExitPolicy.full(EXITS)
-    with pytest.raises(ValueError, match="`thresholds` must be numbers, got nan. Use inf to close an exit."):
+    with pytest.raises(ValueError, match=r"`thresholds` must be numbers, got nan. Use inf to close an exit."):
         execute(network, policy, inputs, thresholds=torch.tensor([[0.5, math.nan], [0.5, 0.5]]))
     with pytest.raises(ValueError, match=r"`thresholds` must be \(2, 2\), got \(2, 3\)"):
         execute(network, policy, inputs, thresholds=torch.zeros(2, 3))

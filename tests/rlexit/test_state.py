@@ -103,7 +103,7 @@ def test_selecting_rows_forgets_no_field(index):
 
 def test_the_answer_before_the_first_exit_is_an_error():
     state = ExitState(torch.arange(2), None, torch.empty(2, 0, 0), None, torch.zeros(2, dtype=torch.int64))
-    with pytest.raises(RuntimeError, match="`state.answer` must be asked for after an exit"):
+    with pytest.raises(RuntimeError, match=r"`state.answer` must be asked for after an exit"):
         _ = state.answered
     assert full_state(2).answered.shape == (2, 3)
     assert state.device == torch.device("cpu")

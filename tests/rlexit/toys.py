@@ -418,7 +418,7 @@ def multi_scale() -> StagedNetwork:
 def carried_gate() -> StagedNetwork:
     units = OrderedDict((f"block{n}", Residual()) for n in range(5))
     gate = RecurrentGate()
-    gates = {name: gate for name in ("block1", "block2", "block3", "block4")}
+    gates = dict.fromkeys(("block1", "block2", "block3", "block4"), gate)
     return spread(StagedNetwork(units, linear_heads(("block0", "block2", "block4"), MAP), OUTPUTS, gates=gates))
 
 
