@@ -193,7 +193,7 @@ def calibrate_loss(
     the certificate holds for the one returned at the stated confidence, up to the t-test's normality.
 
     Args:
-        candidates: in any order.
+        candidates: in any order; those that cost as much as the full network are not tried.
         teacher: return of each of the teacher's episodes on the same seeds.
         floor: return of a random actor; 0 for accuracy.
         drop: largest loss, as a share of (teacher - floor).
@@ -204,7 +204,8 @@ def calibrate_loss(
     """
     reference = np.asarray(teacher, dtype=float) - floor
     best: ExitPolicy | None = None
-    for candidate in sorted(candidates, key=lambda one: -one.relative_macs):
+    cheaper = [candidate for candidate in candidates if candidate.relative_macs < 1]
+    for candidate in sorted(cheaper, key=lambda one: -one.relative_macs):
         values = np.asarray(candidate.values, dtype=float) - floor
         p_value = _p_value(values, (1 - drop) * reference)
         if not p_value <= 1 - confidence:

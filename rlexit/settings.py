@@ -137,6 +137,9 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"`{path}` is no YAML that rlexit reads: {str(error).splitlines()[0]}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"`{path}` must hold settings by name, got {type(content).__name__}.")
+    strange = [key for key in content if not isinstance(key, str)]
+    if strange:
+        raise ValueError(f"`{strange[0]!r}` in `{path.name}` is no setting. `--print_config` shows all settings.")
     return content
 
 
@@ -201,6 +204,8 @@ def _prepared(words: Sequence[str], keys: dict[str, Any], files: dict[str, Path]
 def _spell(value: str, default: Any) -> str:
     if isinstance(default, int) and re.fullmatch(r"\d+(\.\d+)?[eE]\+?\d+", value) and float(value).is_integer():
         return str(int(float(value)))
+    if isinstance(default, float) and re.fullmatch(r"[+-]?(nan|inf)", value, re.IGNORECASE):
+        return re.sub(r"(?i)(nan|inf)", r".\1", value)
     if isinstance(default, tuple) and not value.startswith("["):
         return f"[{value}]"
     return value

@@ -117,8 +117,8 @@ def calibrate(session: Session, method: str) -> list[ExitPolicy]:
             policy_or_none = calibration.calibrate_loss(candidates, teacher, floor, drop, settings.confidence)
             if policy_or_none is None:
                 missed.append(
-                    f"max_return_drop={drop:g} is not certifiable with {settings.episodes} episodes: even with all heads "
-                    "and the full network the interval is too wide. Ask for more `calibrate.episodes` or a larger drop."
+                    f"max_return_drop={drop:g} is not certifiable with {settings.episodes} episodes at less than full "
+                    "compute. Ask for more `calibrate.episodes` or a larger drop."
                 )
             else:
                 found.append(policy_or_none)
@@ -218,14 +218,16 @@ def _operating_points(
     costs = cost_table(network, session.domain.example())
     policies = list(calibrated)
     if settings.grid:
+        policies += [ExitPolicy.always(exit, network.exits) for exit in range(network.exits - 1)]
         with session.watch("evaluate", "rows") as watch:
             inputs = session.domain.rows(network, ExitPolicy.full(network.exits), CALIBRATION_ROWS, watch)
         for rule in settings.rules:
             scores = calibration.score_rows(network, rule, inputs, costs)
             grid = calibration.threshold_grid(scores, settings.grid)
             policies += [calibration.shared_policy(rule, threshold, network.exits) for threshold in grid]
-        policies += [ExitPolicy.always(exit, network.exits) for exit in range(network.exits - 1)]
-    return list({(method_name(method, policy.rule), policy.label): policy for policy in policies}.values())
+    # A grid may end in what is there already, such as everybody leaving at the first exit.
+    unique = {(one.rule, one.thresholds, one.provenance.get("target")): one for one in reversed(policies)}
+    return list(unique.values())[::-1]
 
 
 def _measure_latency(session: Session, subject: Subject, folder: Path) -> None:

@@ -256,6 +256,14 @@ def test_rewards_stand_over_their_steps_and_their_numbers_never_touch():
         wanted = panel.GROUND if reward == 0 else panel.GAIN if reward > 0 else panel.LOSS
         assert picture.getpixel((left + 1, top - 6)) == getrgb(wanted)
     assert panel._spaced(rewards) == {1, 16}
+    wide = sorted(panel._spaced([1000.0] * 60))
+    assert all((late - early) * panel.CELL > panel._width("+1,000", 12) for early, late in pairwise(wide))
+
+
+def test_the_strip_ends_with_the_newest_step_below_the_panels_edge_and_fills_the_width():
+    board = toy_panel(toy_step())
+    assert panel.RIGHT - panel.CELL <= board.cell(0)[2] <= panel.RIGHT
+    assert panel.MARGIN <= board.cell(panel.CELLS - 1)[0] < panel.MARGIN + panel.CELL
 
 
 def test_a_number_of_a_reward_does_not_come_and_go_while_it_moves():
@@ -308,6 +316,8 @@ def test_files_are_animations_of_all_frames_at_the_games_speed(film, tmp_path):
                 animation.load()
                 durations.append(animation.info["duration"])
                 assert animation.convert("RGB").tobytes() == frame.convert("RGB").tobytes()
+    palette = bytes(film.frames[0].getpalette(None) or ())
+    assert gif.read_bytes().count(palette) == 1  # once for all frames
     assert durations == [*[video.FRAME_MS] * (STEPS - 1), video.LAST_FRAME_MS]
 
 

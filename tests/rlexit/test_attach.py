@@ -157,9 +157,7 @@ def rows_per_layer(module: nn.Module, call) -> Counter[str]:
     """How many rows each layer with weights was really given."""
     counted: Counter[str] = Counter()
     handles = [
-        layer.register_forward_hook(
-            lambda part, given, result, name=name: counted.update({name: len(result)})
-        )
+        layer.register_forward_hook(lambda part, given, result, name=name: counted.update({name: len(result)}))
         for name, layer in module.named_modules()
         if isinstance(layer, (nn.Conv2d, nn.Linear))
     ]
@@ -262,7 +260,9 @@ class Looping(Branching):
 
 @pytest.mark.parametrize("kind", [Branching, Lengthy, Looping])
 def test_a_module_whose_control_flow_depends_on_values_cannot_be_traced(kind):
-    with pytest.raises(ValueError, match="`module` must be traceable by torch.fx, got: .* Write it as rlexit units") as told:
+    with pytest.raises(
+        ValueError, match="`module` must be traceable by torch.fx, got: .* Write it as rlexit units"
+    ) as told:
         attach(kind(), ["one"], torch.zeros(1, 4))
     assert "\n" not in str(told.value)
 
@@ -329,7 +329,11 @@ class Both(EarlySize):
 
 
 MISUSES = {
-    "order": (lambda: mlp(a=nn.Linear(4, 4), b=nn.Linear(4, 4), c=nn.Linear(4, ACTIONS)), ["b", "a"], "in the order of execution"),
+    "order": (
+        lambda: mlp(a=nn.Linear(4, 4), b=nn.Linear(4, 4), c=nn.Linear(4, ACTIONS)),
+        ["b", "a"],
+        "in the order of execution",
+    ),
     "twice": (lambda: mlp(a=nn.Linear(4, 4), c=nn.Linear(4, ACTIONS)), ["a", "a"], "must differ"),
     "same work": (lambda: mlp(a=mlp(x=nn.Linear(4, 4)), c=nn.Linear(4, ACTIONS)), ["a", "a.x"], "leave work between"),
     "last": (lambda: mlp(a=nn.Linear(4, 4), c=nn.Linear(4, ACTIONS)), ["c"], "after the last"),
@@ -338,8 +342,16 @@ MISUSES = {
     "name taken": (lambda: mlp(rest=nn.Linear(4, 4), c=nn.Linear(4, ACTIONS)), ["rest"], "none may be 'rest'"),
     "two results": (Pair, ["one"], "one tensor of logits, got several"),
     "two arguments": (Both, ["one"], "one tensor, got 2 arguments"),
-    "no logits": (lambda: mlp(a=nn.Linear(4, 4), b=nn.Linear(4, 4), s=nn.Unflatten(1, (2, 2))), ["a"], r"logits \(B, A\), got shape \(B, 2, 2\)"),
-    "a map for a linear layer": (lambda: mlp(a=nn.Linear(4, 4), c=nn.Linear(4, ACTIONS)), ["a"], "pooled_conv must read"),
+    "no logits": (
+        lambda: mlp(a=nn.Linear(4, 4), b=nn.Linear(4, 4), s=nn.Unflatten(1, (2, 2))),
+        ["a"],
+        r"logits \(B, A\), got shape \(B, 2, 2\)",
+    ),
+    "a map for a linear layer": (
+        lambda: mlp(a=nn.Linear(4, 4), c=nn.Linear(4, ACTIONS)),
+        ["a"],
+        "pooled_conv must read",
+    ),
 }
 
 

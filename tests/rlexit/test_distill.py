@@ -121,7 +121,7 @@ def test_agreement_rises_and_the_loss_falls_at_every_exit(tmp_path):
         agree = [value for _, tag, value in curves if tag == f"distill/agree/exit{exit}"]
         loss = [value for _, tag, value in curves if tag == f"distill/kl/exit{exit}"]
         heads = HEADS
-        assert sum(agree[heads - 4 : heads]) / 4 > agree[0] + 0.2
+        assert sum(agree[heads - 4 : heads]) / 4 >= min(agree[0] + 0.2, 1.0)
         assert agree[-1] > 0.6
         assert sum(loss[heads - 4 : heads]) / 4 < loss[0] / 3
     # The fitted ensembles are no worse than the heads alone on what they were fitted on.

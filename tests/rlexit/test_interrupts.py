@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from rlexit.interrupts import Diverged, Stopped, StopFlag, stop_on_signals
+from rlexit.interrupts import Diverged, StopFlag, Stopped, stop_on_signals
 
 ROOT = Path(__file__).resolve().parents[2]
 

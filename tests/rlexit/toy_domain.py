@@ -21,11 +21,11 @@ from rlexit.domain import Act, Batches, Played, Split, Watch
 from rlexit.ensembles import ensembles
 from rlexit.exit_policy import ExitPolicy, threshold_rows
 from rlexit.heads import LinearHead, ModuleHead
-from rlexit.interrupts import Stopped, StopFlag
+from rlexit.interrupts import StopFlag, Stopped
 from rlexit.network import StagedNetwork
 from rlexit.runtime import run
+from rlexit.session import Session
 from rlexit.units import ModuleUnit
-from rlexit.verbs import Session
 
 OBSERVED, WIDE, ACTIONS = 6, 16, 4
 GAMES = ("alpha", "beta")
