@@ -54,7 +54,7 @@ def load_actor(folder: Path, label: str | None = None) -> ExitingActor:
         folder: holds what `distill` and `calibrate` made; its run folder is found above it.
         label: of the calibrated exit policy; the first by default.
     Raises:
-        FileNotFoundError: the folder belongs to no run.
+        FileNotFoundError: the folder belongs to no run, or to no method of one.
         CheckpointError: a stage is missing or a file was altered; names the verb that makes it.
         LookupError: no exit policy has that label.
     """
@@ -66,6 +66,8 @@ def load_actor(folder: Path, label: str | None = None) -> ExitingActor:
     from rlexit.settings import locate, resolve
 
     place = locate(str(folder), folder)
+    if not place.methods:
+        raise FileNotFoundError(f"`folder` must be of a method and seed, such as ztw/s0 in a run folder, got {folder}.")
     domain = AgentsDomain(resolve(place, []))  # type: ignore[arg-type]
     session = Session(domain, place.root, place.seed, Console(quiet=True), StopFlag())
     network = load_network(session, place.methods[0])[""]

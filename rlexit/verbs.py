@@ -227,7 +227,9 @@ def _operating_points(
             policies += [calibration.shared_policy(rule, threshold, network.exits) for threshold in grid]
     # A grid may end in what is there already, such as everybody leaving at the first exit.
     unique = {(one.rule, one.thresholds, one.provenance.get("target")): one for one in reversed(policies)}
-    return list(unique.values())[::-1]
+    # A label has six digits: of thresholds that differ behind them, one is enough.
+    named = {(method_name(method, one.rule), one.label): one for one in unique.values()}
+    return list(named.values())[::-1]
 
 
 def _measure_latency(session: Session, subject: Subject, folder: Path) -> None:

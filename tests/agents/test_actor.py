@@ -104,7 +104,7 @@ def test_the_network_is_put_into_evaluation_mode(network, policy):
 
 def test_observations_of_another_shape_are_refused(network, policy):
     with pytest.raises(ValueError, match="Unexpected observation shape"):
-        ExitingActor(network, policy).predict(np.zeros((84, 84), dtype=np.uint8))
+        ExitingActor(network, policy).predict(np.zeros((5, 84, 84), dtype=np.uint8))
 
 
 def test_stable_baselines3_evaluates_it(network):
@@ -136,9 +136,11 @@ def test_an_exit_policy_is_chosen_by_its_label(folder):
         load_actor(folder, "target_macs=0.6")
 
 
-def test_a_folder_that_belongs_to_no_run_is_refused(tmp_path):
+def test_a_folder_that_belongs_to_no_run_or_no_method_is_refused(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match="must be a run folder"):
         load_actor(tmp_path)
+    with pytest.raises(FileNotFoundError, match="of a method and seed, such as ztw/s0"):
+        load_actor(folder.parents[1])
 
 
 def test_an_actor_that_is_not_calibrated_names_the_verb(tmp_path):

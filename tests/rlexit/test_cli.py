@@ -118,7 +118,7 @@ def test_a_second_run_changes_nothing_but_the_report_and_the_film(say, runs):
     before = lasting()
     answer = say("run", "toy.yaml", "--threads", "1")
     assert answer.code == 0
-    assert answer.out.count("done already") == 6
+    assert answer.out.count("done already") == 7
     assert lasting() == before
 
 
@@ -467,7 +467,9 @@ def test_a_loss_that_is_nan_is_told_in_one_line(say, runs, monkeypatch):
     assert "`distill/kl` became" in line
     assert "distill.learning_rate" in line
     after = files(runs)
-    assert {name: after[name] for name in before} == before
+    assert {name: after[name] for name in before if not name.endswith("config.yaml")} == {
+        name: data for name, data in before.items() if not name.endswith("config.yaml")
+    }
 
 
 def test_a_traceback_is_there_for_those_who_ask(say, monkeypatch):
