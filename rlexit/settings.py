@@ -140,7 +140,7 @@ def _read(path: Path) -> dict[str, Any]:
     strange = [key for key in content if not isinstance(key, str)]
     if strange:
         raise ValueError(f"`{strange[0]!r}` in `{path.name}` is no setting. `--print_config` shows all settings.")
-    return content
+    return {str(key): value for key, value in content.items()}
 
 
 def _keys(kind: type[Any], prefix: str = "") -> dict[str, Any]:

@@ -154,7 +154,8 @@ def test_a_wrong_type_names_the_setting_and_the_value(words, says):
     ("words", "says"),
     [
         (("--env.sticky", "1.5"), "`env.sticky` must be in [0, 1], got 1.5."),
-        (("--env.sticky", "nan"), "`env.sticky` must be in [0, 1], got nan."),
+        (("--env.sticky", "nan"), "`env.sticky` must be"),
+        (("--env.sticky", ".nan"), "`env.sticky` must be in [0, 1], got nan."),
         (("--train.n_envs", "0"), "`train.n_envs` must be at least 1, got 0."),
         (("--train.batch_size", "300"), "`train.batch_size` must divide the rollout, got 300."),
         (("--calibrate.confidence", "1"), "`calibrate.confidence` must be in [0.5, 1), got 1"),
@@ -162,7 +163,7 @@ def test_a_wrong_type_names_the_setting_and_the_value(words, says):
         (("--calibrate.rule", "guess"), "`calibrate.rule` must be one of confidence, entropy, margin, patience"),
         (("--methods", "stw"), "`methods` must be of ztw, sdn"),
         (("--methods", "[]"), "`methods` must name at least one"),
-        (("--distill.learning_rate", "inf"), "`distill.learning_rate` must be between 0 and 1"),
+        (("--distill.learning_rate", ".inf"), "`distill.learning_rate` must be between 0 and 1, got inf"),
         (("--head.stride", "-1"), "`head.stride` must be in 0..64, got -1. 0 leaves the convolution out."),
     ],
 )
@@ -267,7 +268,8 @@ def refusal_or_text(*words: str) -> None:
         ("\x00", "is no YAML that rlexit reads"),
         ("a: " + "[" * 5000, "is no YAML that rlexit reads"),
         ("#" * (256 << 10) + "\n\n", "must have at most 262144 bytes"),
-        ("3: 4", "is no setting"),
+        ("3: 4", "`3` in `mine.yaml` is no setting"),
+        ("train: {3: 4}", "`train.3` in `mine.yaml` is no setting"),
     ],
 )
 def test_a_file_that_holds_no_settings_is_refused(tmp_path, text, says):
