@@ -162,7 +162,7 @@ def _hints(kind: type[Any]) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
-def _check_keys(content: dict[str, Any], keys: dict[str, Any], path: Path, prefix: str = "") -> None:
+def _check_keys(content: dict[Any, Any], keys: dict[str, Any], path: Path, prefix: str = "") -> None:
     for key, value in content.items():
         name = f"{prefix}{key}"
         if name in keys:
