@@ -47,7 +47,7 @@ def macs_per_row(module: nn.Module, *inputs: Any) -> int:
     key = _signature(inputs)
     if key not in known:
         named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-        weights = {name: value.detach().to("meta") for name, value in named.items()}
+        weights = {name: _meta(value) for name, value in named.items()}
         rows = tuple(map_tensors(_meta_row, value) for value in inputs)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             functional_call(module, weights, rows)

@@ -35,14 +35,13 @@ def map_tensors(function: Callable[..., Tensor], tree: Any, *others: Any) -> Any
 
 def leaves_of(tree: Any) -> list[Tensor]:
     """All tensors of a tree, in its order."""
-    found: list[Tensor] = []
-
-    def keep(leaf: Tensor) -> Tensor:
-        found.append(leaf)
-        return leaf
-
-    map_tensors(keep, tree)
-    return found
+    if isinstance(tree, Tensor):
+        return [tree]
+    if is_dataclass(tree) and not isinstance(tree, type):
+        parts = [getattr(tree, field.name) for field in fields(tree)]
+    else:
+        parts = list(tree.values()) if isinstance(tree, dict) else list(tree) if isinstance(tree, (tuple, list)) else []
+    return [leaf for part in parts for leaf in leaves_of(part)]
 
 
 def take(tree: Any, index: Int[Tensor, " rows"]) -> Any:

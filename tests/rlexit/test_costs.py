@@ -100,6 +100,12 @@ def test_trees_shared_weights_and_unsaved_buffers_are_counted():
     assert macs_per_row(odd, tree, torch.zeros(2, 3)) == 27
 
 
+def test_half_precision_counts_as_full_does():
+    layer = nn.Conv2d(2, 2, 3)
+    assert macs_per_row(layer, torch.zeros(1, 2, 5, 5, dtype=torch.bfloat16)) == 2 * 2 * 9 * 9
+    assert macs_per_row(layer.to(torch.bfloat16), torch.zeros(1, 2, 6, 6, dtype=torch.bfloat16)) == 2 * 2 * 9 * 16
+
+
 def test_parameters_are_counted_once():
     assert parameters(nn.Linear(3, 2)) == 8
     odd = Odd()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlexit.gates import Decision
-from rlexit.state import ExitState, map_tensors, put, take
+from rlexit.state import ExitState, leaves_of, map_tensors, put, take
 
 Scales = namedtuple("Scales", ["fine", "coarse"])
 
@@ -37,6 +37,11 @@ def test_a_function_reaches_every_tensor_of_a_tree_and_keeps_the_rest():
     assert seen["d"].value.tolist() == [80]
     assert seen["d"].name == "box"
     assert seen["e"] == 7
+
+
+def test_the_leaves_of_a_tree_are_its_tensors_in_order():
+    assert [int(leaf[0]) for leaf in leaves_of(tree())] == [0, 10, 20, 30, 40]
+    assert leaves_of(None) == leaves_of("text") == leaves_of(()) == []
 
 
 def test_trees_are_walked_side_by_side():
@@ -90,8 +95,7 @@ def test_selecting_rows_forgets_no_field(index):
     assert len(chosen) == len(index)
     for field in fields(ExitState):
         value = getattr(chosen, field.name)
-        leaves: list[Tensor] = []
-        map_tensors(lambda leaf, found=leaves: found.append(leaf) or leaf, value)
+        leaves = leaves_of(value)
         if field.name in ("path", "unit", "exit"):
             assert value == getattr(state, field.name)
             continue
