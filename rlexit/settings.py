@@ -22,6 +22,7 @@ from rlexit.resources import config_files
 
 DOMAINS = ("agents", "vision")
 MAX_CONFIG_BYTES = 256 << 10
+MAX_DEPTH = 20
 CONFIG = "config.yaml"
 
 
@@ -130,8 +131,7 @@ def _read(path: Path) -> dict[str, Any]:
         raise ValueError(f"`{path}` must have at most {MAX_CONFIG_BYTES} bytes, got {path.stat().st_size}.")
     try:
         text = path.read_text(encoding="utf-8")
-        if any(isinstance(token, (yaml.AnchorToken, yaml.AliasToken)) for token in yaml.scan(text)):
-            raise ValueError(f"`{path}` must hold no YAML anchors or aliases. Write the values out.")
+        _check_tokens(text, path)
         content = yaml.safe_load(text)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"`{path}` is no YAML that rlexit reads: {str(error).splitlines()[0]}.") from error
@@ -141,6 +141,18 @@ def _read(path: Path) -> dict[str, Any]:
     if strange:
         raise ValueError(f"`{strange[0]!r}` in `{path.name}` is no setting. `--print_config` shows all settings.")
     return {str(key): value for key, value in content.items()}
+
+
+def _check_tokens(text: str, path: Path) -> None:
+    """Refuses, before anything is built, what makes a few bytes many and what takes a parser minutes."""
+    depth = 0
+    for token in yaml.scan(text):
+        if isinstance(token, (yaml.AnchorToken, yaml.AliasToken)):
+            raise ValueError(f"`{path}` must hold no YAML anchors or aliases. Write the values out.")
+        kind = type(token).__name__
+        depth += kind.endswith("StartToken") - kind.endswith("EndToken")
+        if depth > MAX_DEPTH:
+            raise ValueError(f"`{path}` must nest at most {MAX_DEPTH} levels deep, got more. Write it flatter.")
 
 
 def _keys(kind: type[Any], prefix: str = "") -> dict[str, Any]:

@@ -311,7 +311,15 @@ class Rowless(EarlySize):
         return self.two(self.one(inputs)) + total
 
 
-@pytest.mark.parametrize("kind", [EarlySize, Rowless])
+class Averaged(EarlySize):
+    """The same with a tensor whose first axis is not the rows."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        mean = inputs.mean(dim=0, keepdim=True)
+        return self.two(self.one(inputs)) + mean.sum(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize("kind", [EarlySize, Rowless, Averaged])
 def test_what_has_no_rows_cannot_cross_a_tap(kind):
     with pytest.raises(ValueError, match=r"must hand on tensors \(B, \.\.\.\) only, got `\w+` after 'one'"):
         attach(kind(), ["one"], torch.zeros(1, 4))

@@ -25,9 +25,15 @@ from tests.rlexit.toys import watched
 ACTIONS = 4
 GAMES, STEPS = 16, 4
 BUFFER = GAMES * STEPS
-HEADS, ENSEMBLE = 22, 6  # buffers of each stage
+HEADS, ENSEMBLE = 14, 4  # buffers of each stage
 CONFIG = DistillConfig(
-    steps=HEADS * BUFFER, ensemble_steps=ENSEMBLE * BUFFER, batch_size=32, epochs=2, checkpoint_buffers=4
+    steps=HEADS * BUFFER,
+    ensemble_steps=ENSEMBLE * BUFFER,
+    batch_size=32,
+    epochs=2,
+    learning_rate=0.05,
+    decay_at=(0.6, 0.9),
+    checkpoint_buffers=4,
 )
 
 
@@ -48,7 +54,14 @@ def network(ensemble: bool = True) -> StagedNetwork:
         "second": LinearHead((4, 6, 6), ACTIONS, config, True),
         "third": ModuleHead(nn.Sequential(nn.Flatten(), last)),
     }
-    return StagedNetwork(units, heads, ACTIONS, GeometricEnsemble(2, ACTIONS) if ensemble else None)
+    made = StagedNetwork(units, heads, ACTIONS, GeometricEnsemble(2, ACTIONS) if ensemble else None)
+    pictures = torch.randint(0, 256, (256, 1, 6, 6), dtype=torch.uint8)
+    with torch.no_grad():
+        # The teacher prefers no action for all pictures alike, and is rather sure of the one that it takes.
+        last.bias.sub_(made.eval()(pictures).logits[:, -1].mean(dim=0))
+        last.weight.mul_(12)
+        last.bias.mul_(12)
+    return made.train()
 
 
 class World:
@@ -120,10 +133,9 @@ def test_agreement_rises_and_the_loss_falls_at_every_exit(tmp_path):
     for exit in range(2):
         agree = [value for _, tag, value in curves if tag == f"distill/agree/exit{exit}"]
         loss = [value for _, tag, value in curves if tag == f"distill/kl/exit{exit}"]
-        heads = HEADS
-        assert sum(agree[heads - 4 : heads]) / 4 >= min(agree[0] + 0.2, 1.0)
-        assert agree[-1] > 0.6
-        assert sum(loss[heads - 4 : heads]) / 4 < loss[0] / 3
+        assert sum(agree[HEADS - 4 : HEADS]) / 4 > agree[0] + 0.25
+        assert agree[-1] > 0.55
+        assert sum(loss[HEADS - 4 : HEADS]) / 4 < 0.7 * loss[0]
     # The fitted ensembles are no worse than the heads alone on what they were fitted on.
     for exit in range(2):
         assert facts[f"kl/exit{exit}"] <= facts[f"kl_without_ensemble/exit{exit}"] + 1e-6
@@ -241,7 +253,7 @@ def assert_same_run(first, second) -> None:
     assert facts == second[2]
 
 
-@pytest.mark.parametrize("stops", [[1], [4], [6], [HEADS], [HEADS + 2], [5, 9, 15, 23]])
+@pytest.mark.parametrize("stops", [[1], [4], [6], [HEADS], [HEADS + 2], [5, 9, 13, 15]])
 def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, calm, stops):
     assert_same_run(ends(tmp_path, stops=stops), calm)
 
@@ -261,7 +273,7 @@ def test_the_reference_resumes_bit_for_bit_too(tmp_path):
 def test_games_start_afresh_at_checkpoints_only(tmp_path):
     world = World()
     distiller(tmp_path, world=world).run()
-    assert world.starts == [0, 4, 8, 12, 16, 20, HEADS]
+    assert world.starts == [0, 4, 8, 12, HEADS]
 
 
 def test_a_stop_after_the_last_sample_does_not_undo_the_end(tmp_path):

@@ -15,6 +15,8 @@ from rlexit import checkpoint, report, verbs
 from rlexit.calibrate import TargetError
 from rlexit.checkpoint import CheckpointError
 from rlexit.domain import Domain, Watch
+from rlexit.evaluate import Subject, evaluate
+from rlexit.exit_policy import ExitPolicy
 from rlexit.interrupts import Diverged, Stopped
 from rlexit.rows import read_latency, read_rows
 from rlexit.runfolder import FolderError
@@ -372,6 +374,19 @@ def test_a_stopped_evaluation_is_not_done_and_plays_no_episode_twice(done, disti
     verbs.evaluate_method(second, "ztw")
     total = len(read_rows(done / "ztw" / "s0" / "eval" / "episodes.csv"))
     assert len(first.domain.played) + len(second.domain.played) == total
+
+
+def test_what_was_played_before_a_stop_is_kept_and_the_caller_is_told(tmp_path):
+    made = toy.domain(SMALL)
+    subject = Subject("random", 0, None, [ExitPolicy("confidence", (), "random")], 1)
+    path = tmp_path / "episodes.csv"
+    with pytest.raises(Stopped):
+        evaluate(made, subject, 5, "test", path, None, Watch(stop=StopAfter(2)))
+    assert [row.episode for row in read_rows(path)] == [0, 1]
+    told: list[tuple[int, int]] = []
+    watch = Watch(progress=lambda done, total, facts: told.append((done, total)))
+    assert len(evaluate(made, subject, 5, "test", path, None, watch)) == 5
+    assert told == [(3, 5), (4, 5), (5, 5)]
 
 
 def test_an_evaluation_whose_rows_are_all_there_only_has_to_be_closed(copy):
