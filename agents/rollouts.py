@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from agents.config import EnvConfig
-from agents.envs import AtariVecEnv
+from agents.envs import borrowed
 from rlexit.domain import Played
 from rlexit.exit_policy import ExitPolicy, threshold_rows
 from rlexit.network import StagedNetwork
@@ -89,14 +89,13 @@ def play(
     if not jobs:
         return
     n_envs = min(n_envs, len(jobs))
-    env = AtariVecEnv(config, n_envs, training=False)
-    observations = env.reset()
     slots = np.full(n_envs, -1)
     running: list[Played | None] = [None] * n_envs
     generators: list[np.random.Generator] = [np.random.default_rng(0)] * n_envs
     waiting = list(range(len(jobs)))[::-1]
     done = 0
-    try:
+    with borrowed(config, n_envs) as env:
+        observations = np.zeros((n_envs, *(env.observation_space.shape or ())), dtype=np.uint8)
         while done < len(jobs) and not stop():
             free = [slot for slot in range(n_envs) if running[slot] is None][: len(waiting)]
             if free:
@@ -118,7 +117,7 @@ def play(
             chosen = probabilities.argmax(axis=1)
             if sampled:
                 chosen = np.array(
-                    [_draw(generators[slot], row) for slot, row in zip(active, probabilities, strict=True)]
+                    [draw(generators[slot], row) for slot, row in zip(active, probabilities, strict=True)]
                 )
             actions = np.zeros(n_envs, dtype=np.int64)
             actions[active] = chosen
@@ -139,8 +138,6 @@ def play(
                     done += 1
                     progress(done, len(jobs))
                     yield episode
-    finally:
-        env.close()
 
 
 def collect(config: EnvConfig, act: Callable[[Tensor], Tensor], n_envs: int, n_steps: int, seed: int) -> Iterator[int]:
@@ -155,8 +152,7 @@ def collect(config: EnvConfig, act: Callable[[Tensor], Tensor], n_envs: int, n_s
     Yields:
         Samples in each buffer.
     """
-    env = AtariVecEnv(config, n_envs, training=False)
-    try:
+    with borrowed(config, n_envs) as env:
         observations = env.reset_games(np.arange(n_envs), _seeds(seed, n_envs))
         while True:
             for _ in range(n_steps):
@@ -164,15 +160,14 @@ def collect(config: EnvConfig, act: Callable[[Tensor], Tensor], n_envs: int, n_s
                 env.step_async(answers.argmax(dim=1).numpy())
                 observations = env.step_wait()[0]  # type: ignore[assignment]
             yield n_envs * n_steps
-    finally:
-        env.close()
 
 
 def _seeds(seed: int, count: int) -> np.ndarray:
     return np.random.SeedSequence(seed).generate_state(count).astype(np.int64) >> 2
 
 
-def _draw(generator: np.random.Generator, probabilities: np.ndarray) -> int:
+def draw(generator: np.random.Generator, probabilities: np.ndarray) -> int:
+    """Draws an action from (A,) float32 probabilities, which sum to 1 only nearly."""
     return int(
         generator.choice(len(probabilities), p=probabilities.astype(np.float64) / probabilities.sum(dtype=np.float64))
     )

@@ -18,7 +18,7 @@ from PIL.ImageColor import getrgb
 from agents.config import EnvConfig
 from agents.envs import AtariVecEnv
 from agents.panel import THEME, Panel, Step
-from agents.rollouts import _draw
+from agents.rollouts import draw
 from rlexit.checkpoint import write_atomic
 from rlexit.exit_policy import ExitPolicy
 from rlexit.network import StagedNetwork
@@ -159,7 +159,7 @@ def play(
         while not ended:
             result = run(network, policy, torch.from_numpy(observation))
             probabilities = result.answers[0].exp().numpy()
-            action = _draw(generator, probabilities) if sampled else int(probabilities.argmax())
+            action = draw(generator, probabilities) if sampled else int(probabilities.argmax())
             forced, screen = bool(acting.fires_next[0]), picture[0, 0]
             for env in (acting, shown):
                 env.step_async(np.array([action]))

@@ -17,6 +17,7 @@ from torch import Tensor
 from rlexit.costs import CostTable
 from rlexit.exit_policy import ExitPolicy
 from rlexit.network import StagedNetwork
+from rlexit.rows import ReliabilityRow
 from rlexit.rules import rules
 from rlexit.state import ExitState
 
@@ -79,6 +80,31 @@ def score_rows(network: StagedNetwork, rule_name: str, inputs: Any, costs: CostT
             scores.append(rule.score(state))
         parts.append(torch.stack(scores, dim=1))
     return Scores(torch.cat(parts), costs, rule_name)
+
+
+@torch.no_grad()
+def reliability(network: StagedNetwork, inputs: Any, bins: int = 15, chunk: int = 512) -> list[ReliabilityRow]:
+    """How far each exit's confidence can be trusted: agreement with the full network, by bins of confidence.
+
+    Args:
+        network: in evaluation mode.
+        inputs: (N, ...) held-out raw inputs.
+        bins: of equal width; empty ones are left out.
+        chunk: rows at a time.
+    Source: Guo et al. 2017, arXiv 1706.04599, section 2; with agreement in place of accuracy.
+    """
+    answers = torch.cat([network(rows).answers for rows in inputs.split(chunk)])
+    confidence, chosen = answers.exp().max(dim=-1)
+    agrees = (chosen == chosen[:, -1:]).double()
+    found: list[ReliabilityRow] = []
+    for exit in range(network.exits - 1):
+        sure = confidence[:, exit].clamp(max=1.0).double()
+        index = (sure * bins).ceil().long().clamp(1, bins) - 1
+        for bin in torch.unique(index).tolist():
+            inside = index == bin
+            means = float(sure[inside].mean()), float(agrees[inside, exit].mean())
+            found.append(ReliabilityRow(exit, bin / bins, (bin + 1) / bins, int(inside.sum()), *means))
+    return found
 
 
 def check_target(costs: CostTable, target: float) -> None:

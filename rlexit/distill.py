@@ -168,6 +168,7 @@ class Distiller:
         self.buffer = _Buffer([], [])
         self.buffers = 0
         self.samples = 0
+        self.newest = torch.empty(0)
         stages: dict[str, nn.Module] = {"heads": student.learners(), "ensemble": student.ensemble}
         self.optimizers = {
             name: torch.optim.Adam(module.parameters(), lr=config.learning_rate, fused=True)
@@ -227,7 +228,8 @@ class Distiller:
             self.samples += count
             if fitting:
                 with torch.no_grad():
-                    cached.append((self.student.logits(features).log_softmax(dim=-1), teacher))
+                    self.newest = self.student.logits(features).log_softmax(dim=-1)
+                    cached.append((self.newest, teacher))
             else:
                 facts = self._update(features, teacher, in_heads)
             self._log(log, facts)
@@ -240,6 +242,7 @@ class Distiller:
             if self.stop():
                 # Not saved: games restart at checkpoints, and one more of them would change what follows.
                 raise Stopped
+        self._show_margins(log)
         if fitting:
             facts = self._fit(torch.cat([part for part, _ in cached]), torch.cat([part for _, part in cached]))
             self._log(log, facts)
@@ -248,6 +251,12 @@ class Distiller:
     @property
     def _in_ensemble_stage(self) -> bool:
         return self.samples >= self.config.steps
+
+    def _show_margins(self, log: RunLog) -> None:
+        """How far apart the two likeliest outputs of the newest minibatch are at every exit, as histograms."""
+        top = self.newest.topk(min(2, self.newest.shape[-1]), dim=-1).values
+        for exit, margins in enumerate((top[..., 0] - top[..., -1]).unbind(dim=1)):
+            log.histogram(f"distill/logit_margin/exit{exit}", margins.cpu().numpy(), self.samples)
 
     def _log(self, log: RunLog, facts: dict[str, float]) -> None:
         for tag, value in facts.items():
@@ -285,6 +294,7 @@ class Distiller:
                 with torch.autocast(teacher.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
                     logits = self.student.logits([part[index] for part in features])
                 answers = logits.float().log_softmax(dim=-1)
+                self.newest = answers.detach()
                 if not in_heads:
                     answers = self.student.ensemble.combine_all(answers.detach())
                 losses = self.loss(teacher[index], answers)
@@ -308,6 +318,10 @@ class Distiller:
         with torch.no_grad():
             agree = agreement(teacher, self.student.ensemble.combine_all(log_probabilities)).mean(dim=0)
         facts = _facts(torch.tensor(fitted), agree)
+        for exit, weights in enumerate(self.student.ensemble.weights()):
+            facts |= {
+                f"ensemble_weight/exit{exit}/of{earlier}": value for earlier, value in enumerate(weights.tolist())
+            }
         return facts | {f"kl_without_ensemble/exit{exit}": value for exit, value in enumerate(alone)}
 
     def _save(self) -> None:

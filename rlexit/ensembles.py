@@ -40,6 +40,10 @@ class Ensemble(nn.Module):
         """
         raise TypeError(f"`{type(self).__name__}` must implement `combine`.")
 
+    def weights(self) -> list[Float[Tensor, " so_far"]]:
+        """(exit + 1,) shares of the exits so far, summing to 1, for each fitted exit; empty where nothing is weighted."""
+        return []
+
     def combine_all(
         self, log_probabilities: Float[Tensor, "batch exits outputs"]
     ) -> Float[Tensor, "batch exits outputs"]:
@@ -65,6 +69,10 @@ class _Weighted(Ensemble):
         self.log_weights = nn.ParameterList([nn.Parameter(0.01 * torch.randn(exit + 1)) for exit in range(exits)])
         self.log_bias = nn.ParameterList([nn.Parameter(torch.zeros(outputs)) for _ in range(exits)])
 
+    def weights(self) -> list[Float[Tensor, " so_far"]]:
+        """exp(a_m) of every exit m, in shares of their sum."""
+        return [weight.detach().softmax(dim=0) for weight in self.log_weights]
+
 
 @ensembles.register("geometric")
 class GeometricEnsemble(_Weighted):
@@ -81,7 +89,7 @@ class GeometricEnsemble(_Weighted):
         if exit >= self.exits:
             return log_probabilities[:, -1]
         weights = self.log_weights[exit].exp() / (exit + 1)
-        return (torch.einsum("j,bja->ba", weights, log_probabilities) + self.log_bias[exit]).log_softmax(dim=-1)
+        return (torch.matmul(weights, log_probabilities) + self.log_bias[exit]).log_softmax(dim=-1)
 
 
 @ensembles.register("additive")
@@ -98,7 +106,7 @@ class AdditiveEnsemble(_Weighted):
         exit = log_probabilities.shape[1] - 1
         if exit >= self.exits:
             return log_probabilities[:, -1]
-        sums = torch.einsum("j,bja->ba", self.log_weights[exit].exp(), log_probabilities.exp())
+        sums = torch.matmul(self.log_weights[exit].exp(), log_probabilities.exp())
         sums = sums + self.log_bias[exit].exp()
         floored = sums / sums.sum(dim=-1, keepdim=True) + ADDITIVE_FLOOR
         return (floored / floored.sum(dim=-1, keepdim=True)).log()

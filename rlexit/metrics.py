@@ -167,6 +167,19 @@ def hindsight_improvability(
     return shares
 
 
+def expected_calibration_error(counts: Values, confidence: Values, agreement: Values) -> float:
+    """Mean distance between confidence and agreement over bins, weighted by their rows; in [0, 1], NaN without rows.
+
+    Args:
+        counts: (bins,) rows in each bin.
+        confidence: (bins,) mean confidence in each.
+        agreement: (bins,) share of right (or teacher-like) answers in each.
+    Source: Naeini et al. 2015; Guo et al. 2017, arXiv 1706.04599, equation 3.
+    """
+    weights, distance = _flat("counts", counts), np.abs(_flat("confidence", confidence) - _flat("agreement", agreement))
+    return float(np.average(distance, weights=weights)) if weights.sum() > 0 else float("nan")
+
+
 def area_under_curve(relative_macs: Values, value: Values) -> float:
     """Trapezoid area under value against compute, over the range of compute that was measured.
 

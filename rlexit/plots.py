@@ -26,7 +26,9 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from scipy import ndimage
 
+from rlexit import metrics
 from rlexit.metrics import Interval, Values
+from rlexit.rows import ReliabilityRow
 from rlexit.summary import RANDOM, RANDOM_EXIT, REFERENCES, STATIC, TEACHER, Point
 
 INK, GREY, BLUE, GREEN, ORANGE = "#1a1a1a", "#8c8c8c", "#0072b2", "#009e73", "#d55e00"
@@ -186,6 +188,35 @@ def learning_curves(seeds: Sequence[Scalars], title: str = "") -> Figure | None:
     return figure
 
 
+def reliability(rows: Sequence[ReliabilityRow], title: str = "") -> Figure:
+    """Confidence against agreement with the full network, one panel per early exit, with the share of rows per bin.
+
+    Args:
+        rows: of one network; at least one.
+        title: printed above, on the left.
+    """
+    exits = sorted({row.exit for row in rows})
+    with matplotlib.rc_context(STYLE):
+        figure = _figure(3.6)
+        panels = np.atleast_1d(figure.subplots(1, len(exits), sharey=True))
+        for axes, exit, colour in zip(panels, exits, exit_colours(len(exits) + 1), strict=False):
+            mine = sorted((row for row in rows if row.exit == exit), key=lambda row: row.low)
+            counts, sure, agree = (
+                [getattr(row, name) for row in mine] for name in ("count", "confidence", "agreement")
+            )
+            shares = np.asarray(counts) / sum(counts)
+            lows, widths = [row.low for row in mine], [row.high - row.low for row in mine]
+            axes.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="confidence = agreement")
+            axes.bar(lows, shares, widths, align="edge", color="#dddddd", edgecolor="white", label="share of rows")
+            axes.plot(sure, agree, marker="o", color=colour, label=f"exit {exit}")
+            error = metrics.expected_calibration_error(counts, sure, agree)
+            axes.set(xlim=(0, 1), ylim=(0, 1.04), xlabel=f"confidence at exit {exit} (calibration error {error:.3f})")
+        panels[0].set_ylabel("same as the full network (share)")
+        panels[0].set_title(title)
+        _legend_below(figure, _drawn_handles(figure))
+    return figure
+
+
 def aggregate(bars: Sequence[tuple[str, str, Interval]], title: str = "") -> Figure:
     """Interquartile mean over games with its interval, one line per (method, operating point, interval)."""
     with matplotlib.rc_context(STYLE):
@@ -339,7 +370,7 @@ def _drawn_handles(figure: Figure) -> list[Any]:
     found: dict[Any, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            found.setdefault((label, handle.get_color()), handle)
+            found.setdefault(label, handle)
     return list(found.values())
 
 

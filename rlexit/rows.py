@@ -1,4 +1,4 @@
-"""The row schema: one CSV row per episode or evaluated set, and one per measured latency.
+"""The row schema: one CSV row per episode or evaluated set, per measured latency, and per bin of confidence.
 
 Rows are all that a report needs, and the one thing that every evaluation writes. A file is appended to row by row, so a
 kill can cut its last line; a line without a line end is such a cut, is skipped by readers and removed by writers.
@@ -131,7 +131,39 @@ class LatencyRow:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
 
 
-R = TypeVar("R", Row, LatencyRow)
+@dataclass(frozen=True)
+class ReliabilityRow:
+    """Held-out rows whose answer at one exit had a confidence in (low, high]: how sure, and how often like the teacher.
+
+    Args:
+        exit: index of the exit.
+        low: lower bound of the bin.
+        high: upper bound of the bin.
+        count: rows in it; >= 1.
+        confidence: their mean probability of the likeliest output.
+        agreement: share of them whose likeliest output is the full network's.
+    Raises:
+        ValueError: a field breaks its rule; the message names it.
+    """
+
+    exit: int
+    low: float
+    high: float
+    count: int
+    confidence: float
+    agreement: float
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        if self.count < 1:
+            raise ValueError(f"`count` must be at least 1, got {self.count}.")
+        for name in ("low", "high", "confidence", "agreement"):
+            if not 0.0 <= getattr(self, name) <= 1.0:
+                raise ValueError(f"`{name}` must lie in [0, 1], got {getattr(self, name)}.")
+
+
+AnyRow = Row | LatencyRow | ReliabilityRow
+R = TypeVar("R", Row, LatencyRow, ReliabilityRow)
 
 
 def write_rows(path: Path, rows: Sequence[R]) -> None:
@@ -179,6 +211,11 @@ def read_latency(path: Path) -> list[LatencyRow]:
     return _read(path, LatencyRow)
 
 
+def read_reliability(path: Path) -> list[ReliabilityRow]:
+    """Reads a `reliability.csv`; see `read_rows`."""
+    return _read(path, ReliabilityRow)
+
+
 def _whole_lines(file: BinaryIO) -> int:
     """Bytes up to and with the last line end; reads only the end of the file."""
     size = file.seek(0, os.SEEK_END)
@@ -199,7 +236,7 @@ def _kind(rows: Sequence[R]) -> type[R]:
     return kinds.pop()
 
 
-def _columns(kind: type[Row] | type[LatencyRow]) -> list[str]:
+def _columns(kind: type[AnyRow]) -> list[str]:
     return [field.name for field in fields(kind)]
 
 
@@ -209,7 +246,7 @@ def _line(cells: Iterable[str]) -> str:
     return text.getvalue()
 
 
-def _row_line(row: Row | LatencyRow) -> str:
+def _row_line(row: AnyRow) -> str:
     return _line(_write_cell(getattr(row, name)) for name in _columns(type(row)))
 
 
@@ -271,7 +308,7 @@ def _read_tuple(text: str) -> tuple[float, ...]:
 _READERS: dict[str, Callable[[str], Any]] = {"str": str, "int": int, "float": float, "tuple[float, ...]": _read_tuple}
 
 
-def _check_fields(row: Row | LatencyRow) -> None:
+def _check_fields(row: AnyRow) -> None:
     for field in fields(row):
         value = getattr(row, field.name)
         if isinstance(value, str):

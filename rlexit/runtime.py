@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -94,7 +94,7 @@ def run(
             continue
         exit = state.exit
         if exit == early:
-            left.append(network.answer(state))
+            left.append(_leaving(network, network.answer(state)))
             break
         if isinstance(built[exit], Tensor):
             wanted = built[exit][state.rows]
@@ -112,12 +112,12 @@ def run(
             leaves = leaves | (state.macs + steps[exit] > budgets[state.rows])
         count = int(leaves.sum())
         if count == len(state):
-            left.append(state)
+            left.append(_leaving(network, state))
             break
         if count:
-            left.append(state.select(torch.nonzero(leaves).flatten()))
+            left.append(_leaving(network, state).select(torch.nonzero(leaves).flatten()))
             state = state.select(torch.nonzero(~leaves).flatten())
-    return _gather(network, left, scores, tuple(chosen))
+    return _gather(left, scores, tuple(chosen))
 
 
 @torch.no_grad()
@@ -193,14 +193,17 @@ def _built(network: StagedNetwork, rule: Rule, limits: Sequence[Any]) -> list[An
     return built
 
 
-def _gather(
-    network: StagedNetwork, left: list[ExitState], scores: Tensor, decisions: tuple[tuple[Tensor, Decision], ...]
-) -> RunResult:
+def _leaving(network: StagedNetwork, state: ExitState) -> ExitState:
+    """What rows take along when they leave: their memory for the next step, and no features, which nobody reads."""
+    return replace(state, memory=network.remember(state), features=None)
+
+
+def _gather(left: list[ExitState], scores: Tensor, decisions: tuple[tuple[Tensor, Decision], ...]) -> RunResult:
     """Puts the rows back in the order in which they came."""
     answers = torch.cat([state.answered for state in left])
     exits = torch.cat([torch.full_like(state.rows, state.exit - 1) for state in left])
     macs = torch.cat([state.macs for state in left])
-    memories = [network.remember(state) for state in left]
+    memories = [state.memory for state in left]
     memory = map_tensors(lambda *leaves: torch.cat(leaves), memories[0], *memories[1:])
     if len(left) > 1:
         order = torch.argsort(torch.cat([state.rows for state in left]))

@@ -47,6 +47,7 @@ class Point:
         values: the episodes' values, one tuple per seed, in the order of `run_seeds`.
         normalised: the return on the scale random = 0, teacher = 1, whose two means are taken as exact; NaN if unknown.
         relative_macs: per decision, weighted by the episodes' decisions.
+        decisions_mean: per episode.
         exit_shares: share of decisions per exit; () if there are no exits.
         latency_us_p50: median time of a decision in `setup`, microseconds; NaN if not measured.
     """
@@ -68,6 +69,7 @@ class Point:
     normalised_values: tuple[tuple[float, ...], ...]
     relative_macs: Interval
     macs_mean: float
+    decisions_mean: float
     exit_shares: tuple[float, ...]
     latency_us_p50: float
     latency_us_p95: float
@@ -276,6 +278,7 @@ def _point(
         normalised_values=scaled,
         relative_macs=_compute(by_seed, "relative_macs"),
         macs_mean=_compute(by_seed, "macs_mean").mean,
+        decisions_mean=float(np.mean(decisions)),
         exit_shares=(
             tuple(map(float, np.average([row.exit_fractions for row in group], axis=0, weights=decisions)))
             if len(widths) == 1 and first.exit_fractions

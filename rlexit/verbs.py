@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import struct
 from collections.abc import Sequence
 from dataclasses import replace
@@ -10,8 +11,8 @@ from typing import Any
 
 import torch
 
+from rlexit import boards, checkpoint, summary
 from rlexit import calibrate as calibration
-from rlexit import checkpoint
 from rlexit.config import METHODS
 from rlexit.costs import cost_table, parameters
 from rlexit.distill import Distiller, ExitStudent, StaticStudent
@@ -20,8 +21,8 @@ from rlexit.ensembles import ensembles
 from rlexit.evaluate import Subject, evaluate, exit_costs, latencies, method_name
 from rlexit.exit_policy import ExitPolicy
 from rlexit.network import StagedNetwork
-from rlexit.rows import append_rows, read_latency
-from rlexit.runlog import RunLog
+from rlexit.rows import append_rows, read_latency, read_rows, write_rows
+from rlexit.runlog import Board
 from rlexit.session import (
     EXIT_POLICIES,
     POLICY,
@@ -124,6 +125,10 @@ def calibrate(session: Session, method: str) -> list[ExitPolicy]:
                 found.append(policy_or_none)
     for line in missed:
         session.console.print(f"calibrate  {line}")
+    held_out = rows(ExitPolicy.full(network.exits))
+    bins = calibration.reliability(network, held_out)
+    write_rows(folder / "calibration" / "reliability.csv", bins)
+    boards.show_calibration(folder / "calibration", found, score(held_out), bins)
     checkpoint.save(folder, EXIT_POLICIES, {}, {"policies": [policy.to_json() for policy in found], "missed": missed})
     stage.finish({"policies": [policy.to_json() for policy in found], "missed": missed})
     return found
@@ -175,6 +180,7 @@ def evaluate_teacher(session: Session) -> None:
         with session.watch(player.method, "games") as watch:
             evaluate(session.domain, player, episodes, "test", folder / "episodes.csv", None, watch)
     _measure_latency(session, subject, folder)
+    _show(session, folder, 0)
     stage.finish({"episodes": episodes})
 
 
@@ -207,6 +213,7 @@ def evaluate_method(session: Session, method: str) -> None:
         with session.watch(f"evaluate {method}", "games") as watch:
             evaluate(session.domain, subject, settings.episodes, "test", path, folder / "eval", watch)
         _measure_latency(session, subject, folder / "eval")
+    _show(session, folder / "eval", session.domain.config.distill.steps)
     stage.finish({"episodes": settings.episodes})
 
 
@@ -230,6 +237,15 @@ def _operating_points(
     # A label has six digits: of thresholds that differ behind them, one is enough.
     named = {(method_name(method, one.rule), one.label): one for one in unique.values()}
     return list(named.values())[::-1]
+
+
+def _show(session: Session, folder: Path, samples: int) -> None:
+    """Puts the operating points in `folder` on TensorBoard."""
+    episodes, latency = folder / "episodes.csv", folder / "latency.csv"
+    if not episodes.exists():  # a grid of 0 and no target: nothing was played
+        return
+    shown = summary.points(read_rows(episodes), read_latency(latency) if latency.exists() else ())
+    boards.show_points(folder / "boards", shown, dataclasses.asdict(session.domain.config), samples)
 
 
 def _measure_latency(session: Session, subject: Subject, folder: Path) -> None:
@@ -268,8 +284,8 @@ def video(session: Session, method: str, episode: int, label: str | None, steps:
     webp, gif = session.domain.film(network, policy, episode, steps, folder / "video" / f"ep{episode}")
     data = gif.read_bytes()
     width, height = struct.unpack("<HH", data[6:10])
-    with RunLog(folder / "video") as log:
-        log.animation("eval/episode", data, height, width, episode)
+    with Board(folder / "video") as board:
+        board.animation("eval/episode", data, height, width, episode)
     return webp
 
 

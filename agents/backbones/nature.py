@@ -48,10 +48,10 @@ def nature_network(
             raise ValueError(f"`network.taps` must be of {', '.join(UNIT_NAMES[:-1])}, got {tap!r}.")
     first, second, third, dense = channels
     units: OrderedDict[str, Unit] = OrderedDict(
-        conv1=ModuleUnit(nn.Sequential(nn.Conv2d(FRAMES, first, 8, stride=4), nn.ReLU())),
-        conv2=ModuleUnit(nn.Sequential(nn.Conv2d(first, second, 4, stride=2), nn.ReLU())),
-        conv3=ModuleUnit(nn.Sequential(nn.Conv2d(second, third, 3), nn.ReLU())),
-        fc=ModuleUnit(nn.Sequential(nn.Flatten(), nn.Linear(third * 49, dense), nn.ReLU())),
+        conv1=ModuleUnit(nn.Sequential(nn.Conv2d(FRAMES, first, 8, stride=4), nn.ReLU(inplace=True))),
+        conv2=ModuleUnit(nn.Sequential(nn.Conv2d(first, second, 4, stride=2), nn.ReLU(inplace=True))),
+        conv3=ModuleUnit(nn.Sequential(nn.Conv2d(second, third, 3), nn.ReLU(inplace=True))),
+        fc=ModuleUnit(nn.Sequential(nn.Flatten(), nn.Linear(third * 49, dense), nn.ReLU(inplace=True))),
     )
     shapes = {"conv1": (first, 20, 20), "conv2": (second, 9, 9), "conv3": (third, 7, 7)}
     config = head or HeadConfig()

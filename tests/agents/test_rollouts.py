@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from agents import rollouts
+from agents import envs
 from agents.backbones.nature import nature_network
 from agents.config import EnvConfig
 from agents.rollouts import Job, at_random, collect, exiting, play
@@ -248,6 +248,7 @@ class FakeEnv:
         assert not training
         self.n_envs = n_envs
         self.sent: list[list[int]] = []
+        self.seeds: list[int] = []
         self.step = 0
         self.closed = False
         made.append(self)
@@ -257,7 +258,7 @@ class FakeEnv:
         return np.random.default_rng(self.step).integers(0, 256, shape, dtype=np.uint8)
 
     def reset_games(self, games, seeds) -> np.ndarray:
-        self.seeds = list(seeds)
+        self.seeds += list(seeds)
         return self._frames()
 
     def step_async(self, actions) -> None:
@@ -277,7 +278,8 @@ made: list[FakeEnv] = []
 @pytest.fixture
 def fake(monkeypatch) -> list[FakeEnv]:
     made.clear()
-    monkeypatch.setattr(rollouts, "AtariVecEnv", FakeEnv)
+    monkeypatch.setattr(envs, "AtariVecEnv", FakeEnv)
+    monkeypatch.setattr(envs, "_shelf", {})
     return made
 
 
@@ -294,15 +296,38 @@ def test_collecting_drives_every_game_by_its_own_likeliest_action(fake):
     assert fake[0].sent == told
     assert len(told) == 6
     assert any(len(set(row)) > 1 for row in told)
-    buffers.close()  # type: ignore[attr-defined]
+    assert not fake[0].closed
+
+
+def test_emulators_are_used_again_by_whoever_needs_as_many(fake):
+    def act(observations: Tensor) -> Tensor:
+        return torch.zeros(len(observations), ACTIONS)
+
+    for count in (5, 5, 6, 5):
+        next(collect(SHORT, act, count, 1, seed=1))
+    assert [one.n_envs for one in fake] == [5, 6]
+    both = [collect(SHORT, act, 5, 1, seed) for seed in (1, 2)]
+    for buffers in both:
+        next(buffers)
+    assert [one.n_envs for one in fake] == [5, 6, 5]
+
+
+def test_emulators_that_failed_are_not_used_again(fake):
+    def fail(observations: Tensor) -> Tensor:
+        raise RuntimeError("no answer")
+
+    with pytest.raises(RuntimeError, match="no answer"):
+        next(collect(SHORT, fail, 5, 1, seed=1))
     assert fake[0].closed
+    next(collect(SHORT, lambda observations: torch.zeros(len(observations), ACTIONS), 5, 1, seed=1))
+    assert len(fake) == 2
 
 
 def test_seeds_of_collected_games_differ_within_and_between_starts(fake):
     for seed in (1, 2):
         next(collect(SHORT, lambda observations: torch.zeros(len(observations), ACTIONS), 6, 1, seed))
-    assert len(set(fake[0].seeds) | set(fake[1].seeds)) == 12
-    assert all(0 <= seed < 2**31 for seed in fake[0].seeds + fake[1].seeds)
+    assert len(set(fake[0].seeds)) == len(fake[0].seeds) == 12
+    assert all(0 <= seed < 2**31 for seed in fake[0].seeds)
 
 
 @pytest.mark.parametrize("reference", [False, True])
