@@ -13,6 +13,7 @@ from stable_baselines3.common.policies import BasePolicy
 from torch import Tensor
 
 from agents.backbones.nature import FRAMES, SIDE
+from rlexit.config import METHODS
 from rlexit.exit_policy import ExitPolicy
 from rlexit.network import StagedNetwork
 from rlexit.runtime import RunResult, run
@@ -70,5 +71,7 @@ def load_actor(folder: Path, label: str | None = None) -> ExitingActor:
         raise FileNotFoundError(f"`folder` must be of a method and seed, such as ztw/s0 in a run folder, got {folder}.")
     domain = AgentsDomain(resolve(place, []))  # type: ignore[arg-type]
     session = Session(domain, place.root, place.seed, Console(quiet=True), StopFlag())
+    if METHODS[place.methods[0]].static:
+        raise ValueError(f"`folder` must hold a method with exits, got {folder}. Static networks have no exit policy.")
     network = load_network(session, place.methods[0])[""]
     return ExitingActor(network, calibrated_policy(session, place.methods[0], label))

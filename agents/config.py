@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 from rlexit.config import CoreConfig, require
 
+# Observations in one buffer: 28 KB each, so 7 GB at most.
+MAX_BUFFER = 1 << 18
+
 
 @dataclass(frozen=True)
 class EnvConfig:
@@ -17,7 +20,7 @@ class EnvConfig:
         sticky: probability that the emulator repeats the previous action, drawn at every frame.
         frame_skip: frames per env step.
         frame_stack: frames in an observation.
-        noop_max: up to so many random no-ops at the start of a game.
+        noop_max: fewer than so many random no-ops at the start of a game (ale-py draws from 0 to noop_max - 1).
         max_frames: a game is cut here.
         full_action_space: all 18 actions in place of the game's own.
         fire_on_reset: press FIRE at the start, where the game has it.
@@ -73,7 +76,9 @@ class PPOConfig:
         for name in ("total_steps", "n_envs", "n_steps", "batch_size", "n_epochs"):
             require(getattr(self, name) >= 1, f"train.{name}", "be at least 1", getattr(self, name))
         require(self.n_envs <= 1024, "train.n_envs", "be at most 1024", self.n_envs)
+        require(self.batch_size >= 2, "train.batch_size", "be at least 2", self.batch_size)
         rollout = self.n_envs * self.n_steps
+        require(rollout <= MAX_BUFFER, "train.n_steps", f"keep n_envs x n_steps at most {MAX_BUFFER}", self.n_steps)
         advice = f"n_envs x n_steps is {rollout}; choose a divisor."
         require(rollout % self.batch_size == 0, "train.batch_size", "divide the rollout", self.batch_size, advice)
         for name in ("learning_rate", "clip_range", "max_grad_norm", "checkpoint_seconds"):
@@ -117,6 +122,8 @@ class CollectConfig:
     def __post_init__(self) -> None:
         require(1 <= self.n_envs <= 1024, "collect.n_envs", "be in 1..1024", self.n_envs)
         require(self.n_steps >= 1, "collect.n_steps", "be at least 1", self.n_steps)
+        buffer = self.n_envs * self.n_steps
+        require(buffer <= MAX_BUFFER, "collect.n_steps", f"keep n_envs x n_steps at most {MAX_BUFFER}", self.n_steps)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,9 +25,10 @@ from rlexit.interrupts import Stopped
 from rlexit.network import StagedNetwork
 
 # Seeds of the splits are disjoint by construction: they lie in ranges that cannot meet.
-FIRST_SEED = {"calibration": 1_000_000, "test": 2_000_000}
+FIRST_SEED = {"calibration": 1_000_000, "test": 2_000_000, "certification": 3_000_000}
 MAX_EPISODES = 1_000_000
-# Held-out observations are taken every so many steps of a game: neighbours are nearly equal.
+# Held-out observations are taken from so many whole games, at first every so many steps: neighbours are nearly equal.
+ROW_GAMES = 16
 ROW_SPACING = 8
 
 
@@ -49,9 +50,11 @@ class AgentsDomain:
 
     def __init__(self, config: AgentsConfig) -> None:
         envs.rom_md5(config.env.game)
+        if config.teacher == "zoo":
+            zoo.folder(config.env.game)
         self.config = config
         self.task = config.env.game
-        self._teacher_rows: Tensor | None = None
+        self._teacher_rows: tuple[int, Tensor] | None = None
 
     @cached_property
     def actions(self) -> int:
@@ -127,34 +130,45 @@ class AgentsDomain:
         return collect
 
     def rows(self, network: StagedNetwork, policy: ExitPolicy, count: int, watch: Watch) -> Tensor:
-        """(N, 4, 84, 84) uint8 observations from calibration episodes, spread evenly over the games."""
+        """(N, 4, 84, 84) uint8, at most `count` observations, spread evenly over whole calibration games."""
         # Where nobody leaves early the actor is the teacher, whatever the heads: its rows are collected once.
         whole = all(threshold == np.inf for threshold in policy.thresholds)
-        if whole and self._teacher_rows is not None and len(self._teacher_rows) >= count:
-            return self._teacher_rows[torch.linspace(0, len(self._teacher_rows) - 1, count).long()]
-        n_envs = self.config.evaluate.n_envs
+        if whole and self._teacher_rows is not None and self._teacher_rows[0] == count:
+            return self._teacher_rows[1]
+        settings = self.config.evaluate
+        jobs = [rollouts.Job(0, episode, episode_seed("calibration", episode)) for episode in range(ROW_GAMES)]
         seen: list[np.ndarray] = []
-        jobs = [rollouts.Job(0, episode, episode_seed("calibration", episode)) for episode in range(n_envs)]
-        ticks = 0
+        ticks, spacing = 0, ROW_SPACING
 
         def keep(observations: np.ndarray) -> None:
-            nonlocal ticks
-            if ticks % ROW_SPACING == 0:
+            nonlocal ticks, spacing
+            if ticks % spacing == 0:
                 seen.append(observations.copy())
+                # A game may be long: thinned whenever twice too many are held, the rows stay evenly spread over it.
+                if sum(map(len, seen)) > 2 * count:
+                    del seen[1::2]
+                    spacing *= 2
             ticks += 1
-            watch.progress(min(sum(map(len, seen)), count), count, {})
 
-        def enough() -> bool:
-            return watch.stop() or sum(map(len, seen)) >= count
-
-        decide = rollouts.exiting(network, [policy])
-        for _ in rollouts.play(self.config.env, decide, jobs, network.exits, n_envs=n_envs, stop=enough, keep=keep):
+        playing = rollouts.play(
+            self.config.env,
+            rollouts.exiting(network, [policy]),
+            jobs,
+            network.exits,
+            n_envs=min(settings.n_envs, ROW_GAMES),
+            sampled=settings.actions == "sampled",
+            stop=watch.stop,
+            keep=keep,
+            progress=lambda done, total: watch.progress(done, total, {}),
+        )
+        for _ in playing:
             pass
         if watch.stop():
             raise Stopped
-        rows = torch.from_numpy(np.concatenate(seen)[:count])
+        held = np.concatenate(seen)
+        rows = torch.from_numpy(held[np.linspace(0, len(held) - 1, min(count, len(held))).astype(np.int64)])
         if whole:
-            self._teacher_rows = rows
+            self._teacher_rows = count, rows
         return rows
 
     def play(

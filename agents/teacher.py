@@ -138,6 +138,10 @@ def train(
         CheckpointError: the saved state was cut or altered.
     """
     resumed = checkpoint.load(folder, STATE) if checkpoint.exists(folder, STATE) else None
+    if resumed and resumed[1]["seed"] != seed:
+        raise checkpoint.CheckpointError(
+            f"`{folder}` holds a training with seed {resumed[1]['seed']}, got {seed}. Use that seed, or another --out."
+        )
     step = int(resumed[1]["counters"]["num_timesteps"]) if resumed else 0
     env = AtariVecEnv(env_config, config.n_envs, training=True)
     model = build(env, config, seed, device)

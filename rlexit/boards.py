@@ -13,8 +13,9 @@ from rlexit import metrics
 from rlexit.calibrate import Scores
 from rlexit.exit_policy import ExitPolicy
 from rlexit.rows import ReliabilityRow
+from rlexit.runfolder import flatten
 from rlexit.runlog import Board
-from rlexit.summary import Point, flatten
+from rlexit.summary import Point
 
 
 def show_points(folder: Path, points: Sequence[Point], settings: Mapping[str, Any], step: int) -> None:

@@ -18,8 +18,7 @@ from rlexit.costs import CostTable
 from rlexit.exit_policy import ExitPolicy
 from rlexit.network import StagedNetwork
 from rlexit.rows import ReliabilityRow
-from rlexit.rules import rules
-from rlexit.state import ExitState
+from rlexit.runtime import replay
 
 
 class TargetError(ValueError):
@@ -63,22 +62,8 @@ def score_rows(network: StagedNetwork, rule_name: str, inputs: Any, costs: CostT
         costs: of the network.
         chunk: rows at a time.
     """
-    rule = rules[rule_name]()
-    parts: list[Tensor] = []
-    for rows in inputs.split(chunk):
-        trace = network(rows)
-        scores = []
-        for exit in range(network.exits - 1):
-            state = ExitState(
-                rows=torch.arange(len(rows), device=rows.device),
-                features=None,
-                logits=trace.logits[:, : exit + 1],
-                answer=trace.answers[:, exit],
-                macs=torch.full((len(rows),), costs.exits[exit], device=rows.device),
-                exit=exit + 1,
-            )
-            scores.append(rule.score(state))
-        parts.append(torch.stack(scores, dim=1))
+    open_exits = ExitPolicy(rule_name, (math.inf,) * (network.exits - 1))
+    parts = [replay(network, open_exits, rows).scores[:, :-1] for rows in inputs.split(chunk)]
     return Scores(torch.cat(parts), costs, rule_name)
 
 
@@ -148,8 +133,10 @@ def solve_macs(scores: Scores, target: float) -> float:
 def threshold_grid(scores: Scores, points: int) -> list[float]:
     """Thresholds whose compute is evenly spaced from the cheapest exit to all heads and the full network."""
     costs = scores.costs
-    if scores.rule == "patience":
-        return [float(length) for length in range(len(costs.exits))]
+    seen = torch.unique(scores.early).tolist()
+    if len(seen) < points:  # a rule that counts, such as patience: every threshold that makes a difference
+        every = {scores.relative_macs(threshold): threshold for threshold in (*seen[::-1], -math.inf)}
+        return sorted(every.values())
     levels = np.linspace(costs.exits[0] / costs.full, costs.exits[-1] / costs.full, points)
     return list(dict.fromkeys(solve_macs(scores, float(level) + 1e-9) for level in levels))
 
@@ -171,28 +158,48 @@ def calibrate_macs(
         score: scores of such inputs.
         exits: K.
         target: mean compute relative to the full network.
-        rounds: how often to solve.
+        rounds: how often to solve and roll out.
     Returns:
-        The policy, whose provenance holds the compute on the rows of every round.
+        Of the policies tried the one with most compute within the target on its own states, or else the cheapest; its
+        provenance holds that compute as `relative_macs`, and all rounds.
     Raises:
         TargetError: the target is below the cheapest exit.
     """
     policy = ExitPolicy.full(exits)
+    aim = target
+    tried: list[tuple[float, ExitPolicy]] = []
     history: list[dict[str, float]] = []
-    for _ in range(rounds):
+    scores = score(rows(policy))
+    check_target(scores.costs, target)
+    cheapest = scores.costs.exits[0] / scores.costs.full
+    for round in range(rounds):
+        policy = shared_policy(scores.rule, solve_macs(scores, max(aim, cheapest)), exits)
+        solved = scores.relative_macs(policy.thresholds[0])
         scores = score(rows(policy))
-        before = scores.relative_macs(policy.thresholds[0]) if history else math.nan
-        threshold = solve_macs(scores, target)
-        if history:
-            history[-1]["relative_macs_rolled_out"] = before
-        history.append({"threshold": threshold, "relative_macs_solved": scores.relative_macs(threshold)})
-        label = f"target_macs={target:g}"
-        policy = shared_policy(scores.rule, threshold, exits, label)
+        rolled_out = scores.relative_macs(policy.thresholds[0])
+        history.append(
+            {
+                "threshold": policy.thresholds[0],
+                "relative_macs_solved": solved,
+                "relative_macs_rolled_out": rolled_out,
+            }
+        )
+        tried.append((rolled_out, policy))
+        # Once it is solved on states that its own exits lead to, what they still cost too much is asked for less.
+        aim -= max(rolled_out - target, 0.0) if round else 0.0
+    cost, policy = max(
+        (one for one in tried if one[0] <= target), default=min(tried, key=lambda one: one[0]), key=_cost
+    )
+    label = f"target_macs={target:g}"
     spelled = [
         {key: value if math.isfinite(value) else str(value) for key, value in entry.items()} for entry in history
     ]
-    provenance = {"target": f"target_macs={target:g}", "rounds": spelled}
-    return ExitPolicy(policy.rule, policy.thresholds, policy.label, provenance)
+    provenance = {"target": label, "rounds": spelled, "relative_macs": cost}
+    return ExitPolicy(policy.rule, policy.thresholds, label, provenance)
+
+
+def _cost(tried: tuple[float, ExitPolicy]) -> float:
+    return tried[0]
 
 
 @dataclass(frozen=True)
@@ -255,7 +262,8 @@ def _p_value(values: np.ndarray, least: np.ndarray) -> float:
     if len(values) < 2:
         return 1.0
     if np.ptp(values) == 0 and np.ptp(least) == 0:
-        return 0.0 if values[0] >= least[0] else 1.0
+        # Without any spread a t-test is blind; a sign test still says how much so many equal games can show.
+        return float(0.5 ** len(values)) if values[0] >= least[0] else 1.0
     with warnings.catch_warnings():
         # One sample whose games all end alike has a variance of exactly 0, which scipy warns of and handles.
         warnings.simplefilter("ignore", RuntimeWarning)

@@ -8,6 +8,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rlexit import __version__
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 1
-    except (ValueError, LookupError, OSError, ImportError) as error:
+    except (ValueError, LookupError, OSError, ImportError, MemoryError) as error:
         if os.environ.get("RLEXIT_TRACEBACK"):
             raise
         sys.stderr.write(f"rlexit: {one_line(error)}\n")
@@ -127,6 +128,8 @@ def _run_verb(verb: str, words: list[str]) -> int:
     from rlexit.settings import locate, resolve, to_yaml
 
     place = locate(options.name, options.out)
+    if any(word.split("=")[0] == "--methods" for word in settings):
+        place = replace(place, methods=())
     config = resolve(place, [_shorthand(word) for word in settings if word != PRINT_CONFIG])
     if PRINT_CONFIG in settings:
         sys.stdout.write(to_yaml(config))

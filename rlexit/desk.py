@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from importlib import import_module, metadata, util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -20,6 +20,10 @@ from rlexit.config import METHODS, CoreConfig
 from rlexit.registry import unknown
 from rlexit.resources import config_files
 from rlexit.settings import CONFIG, DOMAINS, Parser, Place
+
+if TYPE_CHECKING:
+    from rlexit.domain import Domain
+    from rlexit.session import Session
 
 LISTS = ("configs", "games", "methods", "rules", "runs")
 EXTRAS = {
@@ -49,13 +53,23 @@ def work(verb: str, options: argparse.Namespace, config: CoreConfig, place: Plac
     from rlexit.interrupts import Stopped, stop_on_signals
     from rlexit.session import Session
 
-    torch.set_num_threads(options.threads or os.cpu_count() or 1)
+    torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
     # Weights that have decayed to denormals cost a factor of four on a CPU.
     torch.set_flush_denormal(True)
+    if verb == "train" and len(seeds) > 1:
+        raise ValueError("`--seeds` of train must be one: all seeds of a run share its teacher. Use another --out.")
     out = console()
-    domain = import_module(f"{config.domain}.domain").domain(config)
+    domain: Domain = import_module(f"{config.domain}.domain").domain(config)
+    methods = place.methods or config.methods
+    # A config that cannot be built is told before hours of work, not after.
+    for method in methods:
+        domain.blank(METHODS[method].cascade)
     with stop_on_signals() as stop:
-        sessions = [Session(domain, place.root, seed, out, stop, options.force) for seed in seeds]
+        # The teacher belongs to all seeds: only the first one may start it over.
+        sessions = [
+            Session(domain, place.root, seed, out, stop, options.force, methods, first=index == 0)
+            for index, seed in enumerate(seeds)
+        ]
         try:
             _header(sessions[0])
             if options.dry_run:
@@ -63,16 +77,17 @@ def work(verb: str, options: argparse.Namespace, config: CoreConfig, place: Plac
                 return 0
             for session in sessions:
                 WORK[verb](session, options)
+            if verb in ("run", "evaluate"):
+                _report([place.root], place.root / "report", out)
         except Stopped:
+            again = [word for word in sys.argv[1:] if word != "--force"]
             out.print("stopped at a safe point; what was saved is intact. Go on with the same command:")
-            out.print(f"  rlexit {shlex.join(sys.argv[1:])}")
+            out.print(f"  rlexit {shlex.join(again)}")
             return 128 + (stop.signum or 0)
-    if verb in ("run", "evaluate"):
-        _report([place.root], place.root / "report", out)
     return 0
 
 
-def _header(session: Any) -> None:
+def _header(session: Session) -> None:
     domain, out = session.domain, session.console
     rules = {key: value for key, value in domain.protocol().items() if key not in ("game", "rom_md5")}
     short = ", ".join(f"{key} {value}" for key, value in rules.items())
@@ -80,17 +95,16 @@ def _header(session: Any) -> None:
     out.print(f"protocol   {short}")
 
 
-def _plan(session: Any) -> None:
+def _plan(session: Session) -> None:
     """Builds everything that a run needs, counts it, and says what would be done."""
     from rlexit.costs import cost_table, parameters
 
     domain, out = session.domain, session.console
-    config = domain.config
-    for stage in ("train", *(f"distill {method}" for method in config.methods)):
+    for stage in ("train", *(f"distill {method}" for method in session.methods)):
         name, _, method = stage.partition(" ")
         state = "done" if session.stage(name, method).is_done() else "to do"
         out.print(f"plan       {stage}: {state}")
-    network = domain.blank(METHODS[config.methods[0]].cascade)
+    network = domain.blank(METHODS[session.methods[0]].cascade)
     costs = cost_table(network, domain.example())
     table = Table("leave after", "MACs", "relative", title=f"one decision; full network {costs.full:,} MACs")
     for name, macs in zip(network.exit_names, costs.exits, strict=True):
@@ -99,35 +113,40 @@ def _plan(session: Any) -> None:
     out.print(f"parameters {parameters(network):,}; nothing was written (--dry_run)")
 
 
-def _train(session: Any, options: argparse.Namespace) -> None:
+def _train(session: Session, options: argparse.Namespace) -> None:
     from rlexit import verbs
 
     verbs.train(session)
     session.console.print(f"teacher    {session.teacher}")
 
 
-def _import(session: Any, options: argparse.Namespace) -> None:
+def _import(session: Session, options: argparse.Namespace) -> None:
     from rlexit.runfolder import FolderError
+    from rlexit.session import TEACHER, weights_hash
 
     # First elsewhere: a file that is refused must leave everything as it is.
     with tempfile.TemporaryDirectory() as scratch:
         session.domain.adopt(options.sb3, Path(scratch))
+        adopted = weights_hash(Path(scratch), TEACHER)
     stage = session.stage("train")
     if session.begin(stage):
+        # An unfinished training of the same config may have left its own state and curves.
+        stage.clear()
+        session.begin(stage)
         session.domain.adopt(options.sb3, session.teacher)
-        stage.finish({"imported": options.sb3.name})
-    elif stage.result().get("imported") != options.sb3.name:
+        stage.finish({"imported": options.sb3.name, "teacher": adopted})
+    elif weights_hash(session.teacher, TEACHER) != adopted:
         raise FolderError(f"`{session.teacher}` holds another teacher. Use --force to replace it, or another --out.")
     session.console.print(f"teacher    {session.teacher}")
 
 
 def _each_method(verb: str) -> Callable[[Any, argparse.Namespace], None]:
-    def do(session: Any, options: argparse.Namespace) -> None:
+    def do(session: Session, options: argparse.Namespace) -> None:
         from rlexit import verbs
 
         if verb == "evaluate":
             verbs.evaluate_teacher(session)
-        for method in session.domain.config.methods:
+        for method in session.methods:
             found = getattr(verbs, {"evaluate": "evaluate_method"}.get(verb, verb))(session, method)
             for policy in found or ():
                 thresholds = ", ".join(f"{value:.4g}" for value in policy.thresholds)
@@ -136,26 +155,26 @@ def _each_method(verb: str) -> Callable[[Any, argparse.Namespace], None]:
     return do
 
 
-def _run(session: Any, options: argparse.Namespace) -> None:
-    from rlexit.checkpoint import CheckpointError
-
+def _run(session: Session, options: argparse.Namespace) -> None:
     for verb in ("train", "distill", "calibrate", "evaluate"):
         WORK[verb](session, options)
-    if session.domain.metric == "score":
-        try:
-            _video(session, argparse.Namespace(episode=0, policy=None, steps=300))
-        except CheckpointError as error:  # no target could be met: there is still a grid to report
-            session.console.print(f"video      none: {error}")
+    for method in session.methods:
+        if session.calibrated(method):  # a film needs an exit policy; without one there is still a grid to report
+            stage = session.stage("video", method)
+            if session.begin(stage):
+                _video(session, argparse.Namespace(episode=0, policy=None, steps=300), method)
+                stage.finish({})
+            break
 
 
-def _video(session: Any, options: argparse.Namespace) -> None:
+def _video(session: Session, options: argparse.Namespace, method: str = "") -> None:
     from rlexit import verbs
 
-    for method in session.domain.config.methods:
-        if not METHODS[method].static:
-            path = verbs.video(session, method, options.episode, options.policy, options.steps)
-            session.console.print(f"video      {path}")
-            break
+    exiting = [name for name in session.methods if not METHODS[name].static]
+    if not exiting:
+        raise ValueError("`--methods` must name one with exits to film, got static only. Use --methods ztw.")
+    path = verbs.video(session, method or exiting[0], options.episode, options.policy, options.steps)
+    session.console.print(f"video      {path}")
 
 
 WORK: dict[str, Callable[[Any, argparse.Namespace], None]] = {

@@ -14,7 +14,7 @@ from rlexit.config import CoreConfig
 from rlexit.exit_policy import ExitPolicy
 from rlexit.network import StagedNetwork
 
-Split = Literal["calibration", "test"]
+Split = Literal["calibration", "certification", "test"]
 Progress = Callable[[int, int, dict[str, float]], None]
 Act = Callable[[Any], Tensor]
 
@@ -124,6 +124,14 @@ class Domain(Protocol):
         self, network: StagedNetwork, policy: ExitPolicy, episode: int, steps: int, path_without_suffix: Path
     ) -> list[Path]:
         """Writes one test episode, or its first `steps` decisions, as animations: a WebP and a GIF, in this order."""
+        ...
+
+    def blank(self, cascade: bool) -> StagedNetwork:
+        """The network with exits, untrained; for counting, and to prove the config before any work is done."""
+        ...
+
+    def adopt(self, path: Path, folder: Path) -> None:
+        """Makes a file of another library the teacher in `folder`, without unpickling anything."""
         ...
 
     def protocol(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlexit.checkpoint import canonical_json
+from rlexit.checkpoint import canonical_json, write_atomic
 from rlexit.costs import CostTable
 from rlexit.domain import Domain, Played, Progress, Split, Watch
 from rlexit.exit_policy import ExitPolicy
@@ -64,11 +65,12 @@ def evaluate(
         steps: folder for the recorded steps of the first episode of calibrated policies, or None.
         watch: stop and progress.
     Returns:
-        All rows of the file.
+        All rows of this split in the file.
     Raises:
         Stopped: `watch` says so; the episodes that ended are in the file.
     """
-    found = [row for row in read_rows(path) if row.split == split] if path.exists() else []
+    known = read_rows(path) if path.exists() else []
+    found, others = ([row for row in known if (row.split == split) is mine] for mine in (True, False))
     done = {(row.method, row.label, row.run_seed, row.episode) for row in found}
     rules = list(dict.fromkeys(policy.rule for policy in subject.policies))
     total = len(subject.policies) * episodes
@@ -105,7 +107,7 @@ def evaluate(
         raise Stopped
     found.sort(key=lambda row: (row.task, row.method, row.run_seed, row.rule, row.label, row.episode))
     if found:
-        write_rows(path, found)
+        write_rows(path, others + found)
     return found
 
 
@@ -147,10 +149,10 @@ def _row(domain: Domain, subject: Subject, policy: ExitPolicy, played: Played, s
 
 
 def _save_steps(path: Path, played: Played) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    packed = io.BytesIO()
     arrays = {name: np.asarray(values) for name, values in played.steps.items()}
-    with open(path, "wb") as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+    np.savez_compressed(packed, **arrays)  # type: ignore[arg-type]
+    write_atomic(path, packed.getvalue())
 
 
 def time_calls(call: Callable[[Tensor], object], inputs: Tensor, warm_up: int = 20) -> tuple[float, float]:

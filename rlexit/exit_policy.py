@@ -23,7 +23,7 @@ class ExitPolicy:
         thresholds: K - 1 numbers. +inf: nobody leaves and the exit is not built. -inf: everybody leaves. A finite one
             that nobody passes pays for its head.
         label: what tables call it.
-        provenance: how the thresholds were found: target, method, calibration seeds, what was measured there.
+        provenance: how the thresholds were found: the target, and what was measured on calibration episodes.
     Raises:
         ValueError: a threshold is NaN.
         LookupError: no such rule.

@@ -11,6 +11,7 @@ import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -189,30 +190,19 @@ def learning_curves(seeds: Sequence[Scalars], title: str = "") -> Figure | None:
 
 
 def reliability(rows: Sequence[ReliabilityRow], title: str = "") -> Figure:
-    """Confidence against agreement with the full network, one panel per early exit, with the share of rows per bin.
-
-    Args:
-        rows: of one network; at least one.
-        title: printed above, on the left.
-    """
+    """Confidence against agreement with the full network, a panel per early exit, over the share of rows per bin."""
     exits = sorted({row.exit for row in rows})
     with matplotlib.rc_context(STYLE):
         figure = _figure(3.6)
         panels = np.atleast_1d(figure.subplots(1, len(exits), sharey=True))
         for axes, exit, colour in zip(panels, exits, exit_colours(len(exits) + 1), strict=False):
-            mine = sorted((row for row in rows if row.exit == exit), key=lambda row: row.low)
-            counts, sure, agree = (
-                [getattr(row, name) for row in mine] for name in ("count", "confidence", "agreement")
-            )
-            shares = np.asarray(counts) / sum(counts)
-            lows, widths = [row.low for row in mine], [row.high - row.low for row in mine]
-            axes.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1, label="confidence = agreement")
-            axes.bar(lows, shares, widths, align="edge", color="#dddddd", edgecolor="white", label="share of rows")
+            lows, highs, counts, sure, agree = np.array([astuple(row)[1:] for row in rows if row.exit == exit]).T
+            axes.axline((0, 0), slope=1, color=GREY, linestyle="--", linewidth=1)
+            axes.bar(lows, counts / sum(counts), highs - lows, align="edge", color="#dddddd", label="share of rows")
             axes.plot(sure, agree, marker="o", color=colour, label=f"exit {exit}")
             error = metrics.expected_calibration_error(counts, sure, agree)
             axes.set(xlim=(0, 1), ylim=(0, 1.04), xlabel=f"confidence at exit {exit} (calibration error {error:.3f})")
-        panels[0].set_ylabel("same as the full network (share)")
-        panels[0].set_title(title)
+        panels[0].set(ylabel="same as the full network (share)", title=title)
         _legend_below(figure, _drawn_handles(figure))
     return figure
 

@@ -306,7 +306,9 @@ def _notes(rows: Sequence[Row], shown: Sequence[Point]) -> list[str]:
                 "and does not score like the random agent."
             )
     if any(point.execution == "replay" for point in shown):
-        notes.append("Points marked replay computed all exits at once: their MACs are what real exits would cost.")
+        notes.append(
+            "Points marked replay computed all exits at once, and their MACs say so: they tell returns, not savings."
+        )
     if any(point.normalised_values for point in shown):
         notes.append("Normalised return is (score - random) / (teacher - random); the two means are taken as exact.")
     return notes

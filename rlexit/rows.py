@@ -21,7 +21,7 @@ from rlexit.checkpoint import canonical_json, write_atomic
 CHOICES = {
     "execution": ("real", "replay"),
     "actions": ("argmax", "sampled"),
-    "split": ("calibration", "test"),
+    "split": ("calibration", "certification", "test"),
     "metric": ("score", "accuracy"),
 }
 _NAMES = ("task", "method", "label", "runtime", "machine")
@@ -42,7 +42,7 @@ class Row:
         target: "" or what the thresholds were calibrated for: "target_macs=0.5", "max_return_drop=0.05".
         execution: "real" (later stages were not run) or "replay" (all exits at once).
         actions: "argmax" or "sampled".
-        split: "calibration" or "test"; reports show "test" only.
+        split: "calibration", "certification" or "test"; reports show "test" only.
         episode: index, from 0.
         episode_seed: of the environment.
         metric: "score" (unclipped, whole game) or "accuracy" (0 to 1).

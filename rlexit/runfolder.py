@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import platform
@@ -11,7 +12,7 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from rlexit import checkpoint
 
@@ -101,7 +102,8 @@ class Stage:
     def clear(self) -> None:
         """Removes what the stage left; other stages of the folder stay."""
         made = [path for pattern in self.owns for path in self.folder.glob(pattern)]
-        for path in (self._done, self._started, *made):
+        # The note of what was started goes last: without it a later run would go on with what is left of the files.
+        for path in (self._done, *made, self._started):
             if path.is_dir():
                 shutil.rmtree(path)
             else:
@@ -150,7 +152,37 @@ def environment() -> dict[str, Any]:
 
 def machine() -> str:
     """One line on the machine: system, processor, cores."""
-    return f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    return f"{platform.system()} {platform.machine()}, {_processor()}, {os.cpu_count()} cores"
+
+
+def _processor() -> str:
+    known = Path("/proc/cpuinfo")
+    lines = known.read_text(errors="replace").splitlines() if known.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return (names or [platform.processor() or "unknown processor"])[0]
+
+
+_held: dict[Path, TextIO] = {}
+
+
+def hold(root: Path) -> None:
+    """Keeps other processes out of a run folder from now on; the lock dies with this process.
+
+    Raises:
+        FolderError: another process works there.
+    """
+    if root.resolve() in _held:
+        return
+    root.mkdir(parents=True, exist_ok=True)
+    file = open(root / ".lock", "a", encoding="utf-8")  # noqa: SIM115 (it is open as long as the lock is held)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise FolderError(
+            f"`{root}` is being worked on by another rlexit. Wait for it, or use another --out."
+        ) from error
+    _held[root.resolve()] = file
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -180,7 +212,7 @@ def _installed(name: str) -> bool:
 
 def _commit() -> str:
     folder = Path(__file__).resolve().parent.parent
-    if not (folder / ".git").exists():
+    if shutil.which("git") is None or not (folder / ".git").exists():
         return ""
     command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=10"]
     found = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -20,7 +20,7 @@ from rlexit.interrupts import StopFlag, Stopped
 from rlexit.network import StagedNetwork
 from rlexit.progress import Meter
 from rlexit.registry import unknown
-from rlexit.runfolder import Stage
+from rlexit.runfolder import Stage, config_hash, hold
 from rlexit.settings import CONFIG, to_yaml
 
 TEACHER = "teacher"
@@ -39,6 +39,8 @@ class Session:
         console: where to print.
         stop: true after a signal.
         force: start stages of another config over.
+        methods: those of the config that are worked on.
+        first: whether it is the first of several seeds; what all seeds share is started over by the first one only.
     """
 
     domain: Domain
@@ -47,6 +49,8 @@ class Session:
     console: Console
     stop: StopFlag
     force: bool = False
+    methods: tuple[str, ...] = ()
+    first: bool = True
 
     @property
     def teacher(self) -> Path:
@@ -67,7 +71,9 @@ class Session:
         config = jsonable(dataclasses.asdict(self.domain.config))
         if name == "train":
             settings = self.settings("domain", "env", "data", "teacher", "train")
-            return Stage(self.teacher, name, settings, config, ("state*", "teacher*", "scalars.csv", "tb"))
+            return Stage(
+                self.teacher, name, settings, config, ("state*", "teacher*", "scalars.csv", "tb", "certification")
+            )
         upstream = {"teacher": weights_hash(self.teacher, TEACHER)}
         if name == "evaluate" and not method:
             return Stage(self.teacher, name, {**upstream, **self.settings("evaluate")}, config, ("eval",))
@@ -83,12 +89,24 @@ class Session:
             # Calibration episodes are played as test episodes are.
             settings["evaluate"] = {name: config["evaluate"][name] for name in ("actions", "execution", "n_envs")}
             return Stage(self.method(method), name, settings, config, ("exit_policies*", "calibration"))
-        settings["calibrated"] = self.settings("calibrate")
+        if name == "video":
+            return Stage(self.method(method), name, settings, config, ("video",))
+        if not METHODS[method].static:
+            settings["exit_policies"] = config_hash(self.calibrated(method) or [])
         return Stage(self.method(method), name, {**settings, **self.settings("evaluate")}, config, ("eval",))
+
+    def calibrated(self, method: str) -> list[dict[str, Any]] | None:
+        """The exit policies, as JSON values, that were calibrated for the method's present weights; None if none were."""
+        folder = self.method(method)
+        if not checkpoint.exists(folder, EXIT_POLICIES):
+            return None
+        facts = checkpoint.load_facts(folder, EXIT_POLICIES)
+        return list(facts["policies"]) if facts.get("policy") == weights_hash(folder, POLICY) else None
 
     def begin(self, stage: Stage) -> bool:
         """Opens a stage for work, and keeps the config that it is made with as the run's own; False if it is done."""
-        if not stage.begin(self.force):
+        hold(self.root)
+        if not stage.begin(self.force and (self.first or stage.folder != self.teacher)):
             return False
         checkpoint.write_atomic(self.root / CONFIG, to_yaml(self.domain.config).encode())
         return True

@@ -102,8 +102,6 @@ def resolve(place: Place, words: Sequence[str]) -> CoreConfig:
     config: CoreConfig = kind(
         **{field.name: made[field.name] for field in dataclasses.fields(kind) if field.name in made}
     )
-    if place.methods and not any(word.split("=")[0] == "--methods" for word in words):
-        config = dataclasses.replace(config, methods=place.methods)
     return config
 
 

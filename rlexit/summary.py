@@ -17,6 +17,7 @@ import numpy as np
 from rlexit import metrics
 from rlexit.metrics import NOTHING, Interval
 from rlexit.rows import LatencyRow, Row
+from rlexit.runfolder import flatten
 
 TEACHER, RANDOM, STATIC, RANDOM_EXIT = "teacher", "random", "static", "random_exit"
 REFERENCES = (TEACHER, RANDOM, STATIC, RANDOM_EXIT)
@@ -115,17 +116,6 @@ def check_protocols(rows: Sequence[Row], allow_mixed: bool = False) -> None:
                 f"`protocol` of task {task!r} must be one, got {len(seen)} that differ in {'; '.join(told)}. "
                 "Report them apart, or pass --allow-mixed."
             )
-
-
-def flatten(block: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} to {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in block.items():
-        if isinstance(value, dict):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
 
 
 def tested(rows: Iterable[Row]) -> list[Row]:

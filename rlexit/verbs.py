@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import struct
 from collections.abc import Sequence
 from dataclasses import replace
@@ -56,11 +57,11 @@ def distill(session: Session, method: str) -> None:
     session.domain.accept(made(session.teacher, TEACHER, "train"))
     stage = session.stage("distill", method)
     folder = session.method(method)
+    torch.manual_seed(session.seed)
+    networks = networks_of(session, method)
     if not session.begin(stage):
         session.console.print(f"distill    done already  {folder}")
         return
-    torch.manual_seed(session.seed)
-    networks = networks_of(session, method)
     if METHODS[method].static:
         teacher = session.domain.network(session.teacher, False, "none")
         none = ensembles["none"](len(networks), teacher.outputs)
@@ -98,7 +99,7 @@ def calibrate(session: Session, method: str) -> list[ExitPolicy]:
         calibration.check_target(costs, target)
     if not session.begin(stage):
         session.console.print(f"calibrate  done already  {folder}")
-        return policies_of(stage.result()["policies"])
+        return policies_of(session.calibrated(method) or [])
     found: list[ExitPolicy] = []
     missed: list[str] = []
 
@@ -112,6 +113,11 @@ def calibrate(session: Session, method: str) -> list[ExitPolicy]:
     for target in settings.target_macs:
         policy = calibration.calibrate_macs(rows, score, network.exits, target, settings.rounds)
         found.append(policy)
+        if (cost := policy.provenance["relative_macs"]) > target:
+            session.console.print(
+                f"calibrate  target_macs={target:g}: its own games cost {cost:.3f}, the nearest found in "
+                f"{settings.rounds} rounds. Ask for more `calibrate.rounds`."
+            )
     if settings.max_return_drop:
         candidates, teacher, floor = _candidates(session, method, network, score(rows(ExitPolicy.full(network.exits))))
         for drop in settings.max_return_drop:
@@ -119,7 +125,7 @@ def calibrate(session: Session, method: str) -> list[ExitPolicy]:
             if policy_or_none is None:
                 missed.append(
                     f"max_return_drop={drop:g} is not certifiable with {settings.episodes} episodes at less than full "
-                    "compute. Ask for more `calibrate.episodes` or a larger drop."
+                    "compute. Ask for more `calibrate.episodes` or a larger drop, with --force."
                 )
             else:
                 found.append(policy_or_none)
@@ -129,8 +135,11 @@ def calibrate(session: Session, method: str) -> list[ExitPolicy]:
     bins = calibration.reliability(network, held_out)
     write_rows(folder / "calibration" / "reliability.csv", bins)
     boards.show_calibration(folder / "calibration", found, score(held_out), bins)
-    checkpoint.save(folder, EXIT_POLICIES, {}, {"policies": [policy.to_json() for policy in found], "missed": missed})
-    stage.finish({"policies": [policy.to_json() for policy in found], "missed": missed})
+    facts = {"rows": len(held_out), **{name: stage.settings[name] for name in ("policy", "calibrate", "evaluate")}}
+    facts["protocol"] = session.domain.protocol()
+    policies = [policy.to_json() for policy in found]
+    checkpoint.save(folder, EXIT_POLICIES, {}, {"policies": policies, "missed": missed, **facts})
+    stage.finish({"missed": missed})
     return found
 
 
@@ -141,22 +150,27 @@ def _candidates(
     settings = session.domain.config.calibrate
     full = scores.costs.full
     grid = calibration.threshold_grid(scores, settings.candidates)
-    policies = [calibration.shared_policy(settings.rule, threshold, network.exits) for threshold in grid]
-    folder = session.method(method) / "calibration"
+    tried = (calibration.shared_policy(settings.rule, threshold, network.exits) for threshold in grid)
+    # Rows are told apart by labels, which have six digits.
+    policies = list({policy.label: policy for policy in tried}.values())
+    # What is played of the teacher and at random does not depend on the method: once is enough for all of them.
+    shared = session.teacher / "certification" / session.domain.config.evaluate.actions
     played: dict[str, list[Any]] = {}
-    for name, subject in (
-        ("candidates", Subject(method, session.seed, network, policies, full)),
-        ("teacher", Subject("teacher", session.seed, network, [ExitPolicy.full(network.exits)], full)),
-        ("random", Subject("random", session.seed, None, [ExitPolicy.full(2)], full)),
+    for subject, folder in (
+        (Subject(method, session.seed, network, policies, full), session.method(method) / "calibration"),
+        (Subject("teacher", 0, network, [ExitPolicy.full(network.exits)], full), shared),
+        (Subject("random", 0, None, [ExitPolicy.full(2)], full), shared),
     ):
-        with session.watch("calibrate", "games") as watch:
-            path = folder / f"{name}.csv"
-            path.unlink(missing_ok=True)
-            played[name] = evaluate(session.domain, subject, settings.episodes, "calibration", path, None, watch)
+        with session.watch("certify", "games") as watch:
+            path = folder / f"{subject.method}.csv"
+            rows = evaluate(session.domain, subject, settings.episodes, "certification", path, None, watch)
+            played[subject.method] = [row for row in rows if row.episode < settings.episodes]
     candidates = []
     for policy in policies:
-        mine = [row for row in played["candidates"] if row.label == policy.label]
-        macs = sum(row.relative_macs for row in mine) / len(mine)
+        mine = [row for row in played[method] if row.label == policy.label]
+        # From where the decisions left, not from what was executed: a replay computes every exit.
+        costs = [sum(map(operator.mul, row.exit_fractions, scores.costs.exits)) for row in mine]
+        macs = sum(costs) / len(costs) / full
         candidates.append(calibration.Candidate(policy, [row.value for row in mine], macs))
     teacher = [row.value for row in played["teacher"]]
     random = [row.value for row in played["random"]]
@@ -187,11 +201,7 @@ def evaluate_teacher(session: Session) -> None:
 def evaluate_method(session: Session, method: str) -> None:
     """Plays a grid of thresholds, every exit alone and the calibrated exit policies on the test episodes."""
     networks = load_network(session, method)
-    # Evaluating again with --force is no reason to calibrate again.
-    fresh = session.stage("calibrate", method).is_done()
-    calibrated = (
-        [] if METHODS[method].static else calibrate(replace(session, force=session.force and not fresh), method)
-    )
+    calibrated = _calibrated(session, method)
     stage = session.stage("evaluate", method)
     folder = session.method(method)
     if not session.begin(stage):
@@ -215,6 +225,14 @@ def evaluate_method(session: Session, method: str) -> None:
         _measure_latency(session, subject, folder / "eval")
     _show(session, folder / "eval", session.domain.config.distill.steps)
     stage.finish({"episodes": settings.episodes})
+
+
+def _calibrated(session: Session, method: str) -> list[ExitPolicy]:
+    """What was calibrated for the present weights, whatever for; or what the config asks for, if nothing was."""
+    known = session.calibrated(method)
+    if METHODS[method].static or known is None:
+        return calibrate(session, method)
+    return policies_of(known)
 
 
 def _operating_points(

@@ -20,7 +20,7 @@ from rlexit.state import ExitState
 class Rule(Protocol):
     """Scores rows at an exit.
 
-    `span` is the range of scores (lowest, highest), used to lay a grid of thresholds over it. `needs_every_exit`:
+    `span` is the range of scores (lowest, highest), by which pictures scale them. `needs_every_exit`:
     whether heads must be built where nobody may leave, because the score reads them.
     """
 

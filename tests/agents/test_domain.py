@@ -12,7 +12,7 @@ import torch
 from agents import rollouts, zoo
 from agents.backbones.nature import load_sb3, nature_network
 from agents.config import AgentsConfig, CollectConfig, EnvConfig, NetworkConfig
-from agents.domain import FIRST_SEED, MAX_EPISODES, ROW_SPACING, AgentsDomain, domain, episode_seed
+from agents.domain import FIRST_SEED, MAX_EPISODES, ROW_GAMES, ROW_SPACING, AgentsDomain, domain, episode_seed
 from rlexit import checkpoint
 from rlexit.checkpoint import CheckpointError
 from rlexit.config import DistillConfig, EvaluateConfig
@@ -180,8 +180,8 @@ def test_rows_are_observations_of_calibration_episodes(pong, teacher, monkeypatc
     rows = pong.rows(pong.network(teacher, False, "none"), ExitPolicy.full(3), 6, watch)
     assert rows.shape == (6, 4, 84, 84)
     assert rows.dtype == torch.uint8
-    assert seeds == [FIRST_SEED["calibration"] + episode for episode in range(CONFIG.evaluate.n_envs)]
-    assert told[-1] == (6, 6)
+    assert seeds == [FIRST_SEED["calibration"] + episode for episode in range(ROW_GAMES)]
+    assert told[-1] == (ROW_GAMES, ROW_GAMES)
     assert len(torch.unique(rows.flatten(1), dim=0)) > 3
 
 
@@ -189,7 +189,26 @@ def test_rows_are_as_many_as_short_games_give(pong, teacher):
     network = pong.network(teacher, False, "none")
     rows = pong.rows(network, ExitPolicy.always(0, 3), 4000, Watch())
     steps = ENV.max_frames // ENV.frame_skip
-    assert len(rows) == CONFIG.evaluate.n_envs * -(-steps // ROW_SPACING)
+    assert len(rows) == ROW_GAMES * -(-steps // ROW_SPACING)
+
+
+def test_rows_of_long_games_are_thinned_and_reach_to_their_ends(pong, teacher, monkeypatch):
+    kept: list[np.ndarray] = []
+    sound = rollouts.play
+
+    def watched(config, decide, jobs, exits, *, keep, **settings):
+        def both(observations):
+            kept.append(observations.copy())
+            keep(observations)
+
+        return sound(config, decide, jobs, exits, keep=both, **settings)
+
+    monkeypatch.setattr(rollouts, "play", watched)
+    rows = pong.rows(pong.network(teacher, False, "none"), ExitPolicy.always(0, 3), 20, Watch())
+    assert len(rows) == 20
+    last = torch.from_numpy(np.concatenate(kept[len(kept) // 2 :])).flatten(1)
+    late = [any(torch.equal(row, one) for one in last) for row in rows.flatten(1)]
+    assert sum(late) >= 5
 
 
 def test_rows_are_stopped_by_a_signal(pong, teacher):

@@ -134,8 +134,9 @@ def test_the_grid_is_evenly_spaced_in_compute_where_the_rows_allow_it():
     assert spent == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0], abs=0.01)
 
 
-def test_patience_has_one_point_per_length():
-    assert threshold_grid(scores_of([[1.0, 2.0]], 20, 60, 110, rule="patience"), 9) == [0.0, 1.0, 2.0]
+def test_a_rule_that_counts_has_one_point_per_count_that_makes_a_difference():
+    scores = scores_of([[0.0, 1.0], [0.0, 0.0]], 20, 60, 110, rule="patience")
+    assert threshold_grid(scores, 9) == [-INF, 0.0, 1.0]
 
 
 def test_one_threshold_serves_all_exits():
@@ -163,16 +164,29 @@ def test_thresholds_are_solved_on_the_rows_that_the_policy_itself_meets():
     assert [one.thresholds for one in met[:1]] == [(INF, INF)]
     assert met[0].rule == "confidence"
     # Half of the rows leave at exit 0 and the others stay to the end: 0.5 of the ramp, then 0.25 of the halved one.
-    assert met[1].thresholds == pytest.approx((0.5, 0.5))
-    assert met[2].thresholds == pytest.approx((0.25, 0.25))
+    assert [one.thresholds[0] for one in met[1:]] == pytest.approx([0.5, 0.25, 0.25])
     assert policy.thresholds == pytest.approx((0.25, 0.25))
     assert policy.rule == "confidence"
     assert policy.label == "target_macs=0.6"
-    solved = policy.provenance["rounds"]
-    assert [entry["relative_macs_solved"] for entry in solved] == pytest.approx([0.6, 0.6, 0.6])
-    assert solved[0]["relative_macs_rolled_out"] == pytest.approx(1.0)
-    assert solved[1]["relative_macs_rolled_out"] == pytest.approx(0.6)
-    assert "relative_macs_rolled_out" not in solved[2]
+    tried = policy.provenance["rounds"]
+    assert [entry["relative_macs_solved"] for entry in tried] == pytest.approx([0.6, 0.6, 0.6])
+    assert [entry["relative_macs_rolled_out"] for entry in tried] == pytest.approx([1.0, 0.6, 0.6])
+    assert policy.provenance["relative_macs"] == pytest.approx(0.6)
+
+
+def test_a_policy_that_costs_more_in_its_own_games_than_was_solved_is_asked_for_less():
+    """Every game looks harder than the rows before said: the confidence of all rows falls with each round."""
+    met: list[float] = []
+
+    def score(inputs: None) -> Scores:
+        met.append(0.95 ** len(met))
+        ramp = torch.linspace(0.01, 1.0, 100) * met[-1]
+        return Scores(torch.stack([ramp, ramp], dim=1), table(20, 60, 100), "confidence")
+
+    policy = calibrate_macs(lambda _: None, score, 3, 0.6, rounds=4)
+    spent = [entry["relative_macs_rolled_out"] for entry in policy.provenance["rounds"]]
+    assert spent[0] > 0.6 >= spent[-1]
+    assert policy.provenance["relative_macs"] == max(cost for cost in spent if cost <= 0.6)
 
 
 def test_a_calibrated_policy_is_json_also_when_only_the_first_exit_is_affordable():

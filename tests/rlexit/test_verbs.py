@@ -145,7 +145,7 @@ def test_calibration_plays_no_test_episode_and_evaluation_no_calibration_episode
     made = session(distilled)
     domain: toy.ToyDomain = made.domain  # type: ignore[assignment]
     verbs.calibrate(made, "ztw")
-    assert {split for split, _, _ in domain.played} == {"calibration"}
+    assert {split for split, _, _ in domain.played} == {"certification"}
     domain.played.clear()
     verbs.evaluate_teacher(made)
     verbs.evaluate_method(made, "ztw")
@@ -429,7 +429,7 @@ def test_a_training_that_was_stopped_goes_on(tmp_path):
 
 def test_a_calibration_that_was_stopped_starts_again_and_ends_the_same(done, distilled):
     assert stopped_and_resumed(distilled, lambda made: verbs.calibrate(made, "ztw"), stride=6) > 2
-    for name in ("exit_policies.json", "calibration/candidates.csv"):
+    for name in ("exit_policies.json", "calibration/ztw.csv"):
         assert (distilled / "ztw/s0" / name).read_bytes() == (done / "ztw/s0" / name).read_bytes()
 
 

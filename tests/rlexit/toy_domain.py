@@ -30,7 +30,7 @@ from rlexit.units import ModuleUnit
 OBSERVED, WIDE, ACTIONS = 6, 16, 4
 GAMES = ("alpha", "beta")
 STEPS = 16
-FIRST_SEED = {"calibration": 1000, "test": 2000}
+FIRST_SEED = {"calibration": 1000, "test": 2000, "certification": 3000}
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ class ToyDomain:
         return toy_network(self.config.network.taps, self.config.head, cascade)
 
     def adopt(self, path: Path, folder: Path) -> None:
-        self.train(folder, 7, Watch())
+        self.train(folder, 7 + len(path.name) + ord(path.name[0]), Watch())
 
     def film(self, network: StagedNetwork, policy: ExitPolicy, episode: int, steps: int, path: Path) -> list[Path]:
         made = [path.with_name(f"{path.name}.{suffix}") for suffix in ("webp", "gif")]
