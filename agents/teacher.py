@@ -137,7 +137,7 @@ def train(
         Diverged: a loss or weight is NaN or infinite.
         CheckpointError: the saved state was cut or altered.
     """
-    resumed = checkpoint.load(folder, STATE) if checkpoint.exists(folder, STATE) else None
+    resumed = checkpoint.load_state(folder, STATE) if checkpoint.exists(folder, STATE) else None
     if resumed and resumed[1]["seed"] != seed:
         raise checkpoint.CheckpointError(
             f"`{folder}` holds a training with seed {resumed[1]['seed']}, got {seed}. Use that seed, or another --out."

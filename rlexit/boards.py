@@ -54,7 +54,7 @@ def show_calibration(
     Args:
         folder: of the boards.
         policies: with provenance.
-        scores: of held-out rows under the calibrated rule.
+        scores: confidences of held-out rows.
         bins: reliability of every early exit on the same rows.
     """
     with Board(folder) as board:
@@ -68,5 +68,5 @@ def show_calibration(
             for exit, threshold in enumerate(policy.thresholds):
                 board.scalar(f"calib/threshold/exit{exit}", threshold, 0)
             facts = policy.provenance
-            if "mean_return" in facts:
-                board.scalar("calib/return_drop", facts["teacher_return"] - facts["mean_return"], 0)
+            if "return_drop" in facts:
+                board.scalar("calib/return_drop", facts["return_drop"], 0)

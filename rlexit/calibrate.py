@@ -248,6 +248,7 @@ def calibrate_loss(
             "episodes": len(values),
             "mean_return": float(values.mean() + floor),
             "teacher_return": float(reference.mean() + floor),
+            "return_drop": float(1 - values.mean() / reference.mean()),
             "relative_macs": candidate.relative_macs,
             "p_value": p_value,
             "confidence": confidence,

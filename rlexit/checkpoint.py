@@ -146,6 +146,14 @@ def load(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, dict(manifest["facts"])
 
 
+def load_state(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """`load` for what an unfinished stage goes on from: the error of a damaged one says how to start over."""
+    try:
+        return load(folder, name)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} To start over from the beginning, delete `{folder / name}.json`.") from error
+
+
 def pack_optimizer(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
     """An optimiser's moments and counters as named tensors; its settings belong to the config."""
     slots = optimizer.state_dict()["state"]

@@ -50,10 +50,14 @@ def work(verb: str, options: argparse.Namespace, config: CoreConfig, place: Plac
     """Does a verb of one run for every seed; a signal ends it at a safe point with the way to go on."""
     import torch
 
+    from rlexit.calibrate import check_target
+    from rlexit.costs import cost_table
     from rlexit.interrupts import Stopped, stop_on_signals
     from rlexit.session import Session
 
-    torch.set_num_threads(options.threads or len(os.sched_getaffinity(0)))
+    # A container may own fewer cores than the machine has.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    torch.set_num_threads(options.threads or cores or 1)
     # Weights that have decayed to denormals cost a factor of four on a CPU.
     torch.set_flush_denormal(True)
     if verb == "train" and len(seeds) > 1:
@@ -63,7 +67,10 @@ def work(verb: str, options: argparse.Namespace, config: CoreConfig, place: Plac
     methods = place.methods or config.methods
     # A config that cannot be built is told before hours of work, not after.
     for method in methods:
-        domain.blank(METHODS[method].cascade)
+        blank = domain.blank(METHODS[method].cascade)
+        if verb in ("run", "calibrate") and not METHODS[method].static:
+            for target in config.calibrate.target_macs:
+                check_target(cost_table(blank, domain.example()), target)
     with stop_on_signals() as stop:
         # The teacher belongs to all seeds: only the first one may start it over.
         sessions = [

@@ -333,7 +333,7 @@ class Distiller:
         checkpoint.save(self.folder, STATE, tensors, {"buffers": self.buffers, "samples": self.samples})
 
     def _restore(self) -> None:
-        tensors, facts = checkpoint.load(self.folder, STATE)
+        tensors, facts = checkpoint.load_state(self.folder, STATE)
         self.buffers, self.samples = int(facts["buffers"]), int(facts["samples"])
         self.student.learners().load_state_dict(checkpoint.subset(tensors, "learners"))
         self.student.ensemble.load_state_dict(checkpoint.subset(tensors, "ensemble"))

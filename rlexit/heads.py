@@ -90,7 +90,7 @@ class PooledConvHead(Head):
         config: see `HeadConfig`.
         reads_previous: whether it is fed the logits of the exit before.
     Raises:
-        ValueError: the features are no map.
+        ValueError: the features are no map, or one too small to convolve.
     """
 
     def __init__(self, shape: tuple[int, ...], outputs: int, config: HeadConfig, reads_previous: bool) -> None:
@@ -99,6 +99,8 @@ class PooledConvHead(Head):
             raise ValueError(f"`head.kind` pooled_conv must read a (C, H, W) map, got shape {shape}. Use linear there.")
         channels, height, width = shape
         self.reads_previous = reads_previous
+        if config.stride and min(height, width) < 3:
+            raise ValueError(f"`head.stride` must be 0 on a map smaller than 3 x 3, got {config.stride} on {shape}.")
         if config.stride:
             self.conv: nn.Module = nn.Conv2d(channels, channels, 3, stride=config.stride)
             height, width = ((side - 3) // config.stride + 1 for side in (height, width))

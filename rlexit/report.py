@@ -18,8 +18,8 @@ import numpy as np
 from rlexit import metrics, plots, summary, tables
 from rlexit.checkpoint import write_atomic
 from rlexit.pages import Block, Bullets, Code, Heading, Paragraph, Picture, Table, to_html, to_markdown
-from rlexit.rows import LatencyRow, Row, read_latency, read_rows
-from rlexit.runlog import read_scalars
+from rlexit.rows import LatencyRow, Row, read_latency, read_reliability, read_rows
+from rlexit.runlog import Board, read_scalars
 from rlexit.summary import Point
 from rlexit.tables import summary_rows, summary_table
 
@@ -53,7 +53,25 @@ def write_report(runs: Sequence[Path], out: Path, allow_mixed: bool = False) -> 
         )
     summary.check_protocols(tested, allow_mixed)
     shown = summary.points(tested, latency)
-    album = _Album(out)
+    with Board(out) as board:
+        blocks = _blocks(tested, shown, latency, rows, scalars, _Album(out, board))
+    command = ["rlexit", "report", *map(str, runs), "--out", str(out), *(["--allow-mixed"] if allow_mixed else [])]
+    blocks += [Heading("How this was made"), Code(shlex.join(command))]
+    write_atomic(out / "report.csv", tables.to_csv(summary_rows(tested, latency)).encode())
+    write_atomic(out / "report.md", to_markdown(blocks, out).encode())
+    write_atomic(out / "report.html", to_html(blocks, "rlexit report").encode())
+    return out / "report.html"
+
+
+def _blocks(
+    tested: Sequence[Row],
+    shown: Sequence[Point],
+    latency: Sequence[LatencyRow],
+    rows: Mapping[Path, Sequence[Row]],
+    scalars: Mapping[Path, plots.Scalars],
+    album: _Album,
+) -> list[Block]:
+    """The page from top to bottom."""
     subject = "Accuracy" if shown and {point.metric for point in shown} == {"accuracy"} else "Return"
     blocks: list[Block] = [Heading(f"{subject} against compute", level=1), Paragraph(_overview(shown), "lead")]
     blocks += [Paragraph(note, "note") for note in _notes(tested, shown)]
@@ -61,15 +79,11 @@ def write_report(runs: Sequence[Path], out: Path, allow_mixed: bool = False) -> 
     for title, part in _parts(shown).items():
         blocks += _part_blocks(title, part, album)
     blocks += _episode_blocks(rows, album)
+    blocks += _reliability_blocks(rows, album)
     blocks += _curve_blocks(scalars, album)
     blocks += _latency_blocks(latency)
     blocks += _protocol_blocks(shown)
-    command = ["rlexit", "report", *map(str, runs), "--out", str(out), *(["--allow-mixed"] if allow_mixed else [])]
-    blocks += [Heading("How this was made"), Code(shlex.join(command))]
-    write_atomic(out / "report.csv", tables.to_csv(summary_rows(tested, latency)).encode())
-    write_atomic(out / "report.md", to_markdown(blocks, out).encode())
-    write_atomic(out / "report.html", to_html(blocks, "rlexit report").encode())
-    return out / "report.html"
+    return blocks
 
 
 def find_runs(runs: Iterable[Path], out: Path | None = None) -> list[Path]:
@@ -89,25 +103,29 @@ def find_runs(runs: Iterable[Path], out: Path | None = None) -> list[Path]:
             below[:] = [
                 name
                 for name in below
-                if not name.startswith(".") and name != "eval" and (out is None or folder / name != out.resolve())
+                if not name.startswith(".")
+                and name not in ("eval", "calibration")
+                and (out is None or folder / name != out.resolve())
             ]
     return sorted(found)
 
 
 class _Album:
-    """Saves figures under safe, unique names below `<out>/plots`."""
+    """Saves figures under safe, unique names below `<out>/plots`, and shows some on TensorBoard."""
 
-    def __init__(self, out: Path) -> None:
-        self.folder = out / "plots"
+    def __init__(self, out: Path, board: Board) -> None:
+        self.folder, self.board = out / "plots", board
         self.names: set[str] = set()
 
-    def add(self, name: str, figure: plots.Figure, alt: str, caption: str) -> Picture:
+    def add(self, name: str, figure: plots.Figure, alt: str, caption: str, tag: str = "") -> Picture:
         stem = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:60].lower() or "plot"
         unique, count = stem, 1
         while unique in self.names:
             count += 1
             unique = f"{stem}-{count}"
         self.names.add(unique)
+        if tag:
+            self.board.figure(f"{tag}/{unique.partition('-')[2]}", figure, 0)
         return Picture(plots.save(figure, self.folder, unique)[0], alt, caption)
 
 
@@ -151,7 +169,7 @@ def _part_blocks(title: str, part: Sequence[Point], album: _Album) -> list[Block
         blocks.append(Paragraph(unknown, "note"))
     if any(not math.isnan(point.relative_macs.mean) for point in part):
         figure = plots.pareto(part, title)
-        blocks.append(album.add(f"pareto-{title}", figure, f"Value against compute: {title}", caption))
+        blocks.append(album.add(f"pareto-{title}", figure, f"Value against compute: {title}", caption, "eval/pareto"))
     if any(point.exit_shares for point in part):
         figure, caption = plots.exit_shares(part, title), tables.caption(part, latency=False)
         blocks.append(album.add(f"exits-{title}", figure, f"Where decisions leave: {title}", caption))
@@ -225,7 +243,9 @@ def _episode_blocks(rows: Mapping[Path, Sequence[Row]], album: _Album) -> list[B
                 blocks.append(Paragraph(f"{path.name} of {name} cannot be read ({error}).", "note"))
                 continue
             caption = f"{title}: n = 1 training seed, 1 episode, {told}; {how}. It shows behaviour, it proves nothing."
-            blocks.append(album.add(f"timeline-{title}", figure, f"Exits of one episode: {title}", caption))
+            blocks.append(
+                album.add(f"timeline-{title}", figure, f"Exits of one episode: {title}", caption, "eval/exit_timeline")
+            )
         for path in videos[:1]:
             if path.stat().st_size <= MAX_ANIMATION_BYTES:
                 caption = f"{name}, {path.name}: n = 1 training seed, 1 episode; {how}."
@@ -248,6 +268,18 @@ def _curve_blocks(scalars: Mapping[Path, plots.Scalars], album: _Album) -> list[
             caption = f"{name}: {count}; measured while training, so not comparable with the evaluations above."
             blocks.append(album.add(f"learning-{name}", figure, f"Learning curves: {name}", caption))
     return [Heading("Training"), *blocks] if blocks else []
+
+
+def _reliability_blocks(folders: Iterable[Path], album: _Album) -> list[Block]:
+    """How far each exit's confidence can be trusted, one picture per method."""
+    found = {_name(folder): _read(folder / "calibration" / "reliability.csv", read_reliability) for folder in folders}
+    blocks: list[Block] = []
+    for name, bins in found.items():
+        if bins:
+            figure, count = plots.reliability(bins, name), sum(row.count for row in bins if row.exit == bins[0].exit)
+            caption = f"{name}: {count:,} rows of calibration episodes in which nobody left early; 15 bins."
+            blocks.append(album.add(f"reliability-{name}", figure, f"Reliability: {name}", caption, "eval/reliability"))
+    return [Heading("Confidence and agreement"), *blocks] if blocks else []
 
 
 def _latency_blocks(latency: Sequence[LatencyRow]) -> list[Block]:

@@ -134,7 +134,8 @@ def calibrate(session: Session, method: str) -> list[ExitPolicy]:
     held_out = rows(ExitPolicy.full(network.exits))
     bins = calibration.reliability(network, held_out)
     write_rows(folder / "calibration" / "reliability.csv", bins)
-    boards.show_calibration(folder / "calibration", found, score(held_out), bins)
+    confidences = calibration.score_rows(network, "confidence", held_out, costs)
+    boards.show_calibration(folder / "calibration", found, confidences, bins)
     facts = {"rows": len(held_out), **{name: stage.settings[name] for name in ("policy", "calibrate", "evaluate")}}
     facts["protocol"] = session.domain.protocol()
     policies = [policy.to_json() for policy in found]

@@ -8,6 +8,7 @@ from rlexit import checkpoint
 from rlexit.registry import unknown
 
 TEACHER = "teacher"
+CURVES = "scalars.csv"
 
 
 def folder(game: str) -> Path:
@@ -25,6 +26,7 @@ def shipped() -> list[str]:
 
 
 def copy(game: str, target: Path) -> None:
-    """Copies the shipped teacher of a game into a run, every byte checked on the way."""
+    """Copies the shipped teacher of a game and its learning curve into a run, every byte of the weights checked."""
     tensors, facts = checkpoint.load(folder(game), TEACHER)
     checkpoint.save(target, TEACHER, tensors, {**facts, "source": {"kind": "zoo", "game": game}})
+    checkpoint.write_atomic(target / CURVES, (folder(game) / CURVES).read_bytes())

@@ -17,8 +17,11 @@ SHIPPED = zoo.shipped()
 MAX_BYTES = 10_000_000  # a wheel should stay small
 
 
-def test_a_pong_teacher_is_shipped():
+def test_a_pong_teacher_is_shipped_that_plays_well():
     assert "pong" in SHIPPED
+    played = checkpoint.load_facts(zoo.folder("pong"), zoo.TEACHER)["evaluation"]
+    assert played["games"] >= 30
+    assert played["mean"] >= 17
 
 
 @pytest.mark.parametrize("game", SHIPPED)

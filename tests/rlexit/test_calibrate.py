@@ -17,6 +17,7 @@ from rlexit.calibrate import (
     TargetError,
     calibrate_loss,
     calibrate_macs,
+    reliability,
     score_rows,
     shared_policy,
     solve_macs,
@@ -281,3 +282,31 @@ def test_certificates_fail_no_more_often_than_they_say():
     assert wrong / draws <= delta + 2 * math.sqrt(delta * (1 - delta) / draws)
     assert wrong > 0  # else the border is no border, and the test shows nothing
     assert right > 100
+
+
+# ---- reliability ----
+
+
+def test_reliability_counts_every_row_once_per_early_exit_and_compares_it_with_the_full_network():
+    toy = TOYS["cascade"]
+    network, inputs = toy.network(), toy.inputs(40)
+    found = reliability(network, inputs, bins=5, chunk=7)
+    answers = network(inputs).answers.exp()
+    for exit in range(2):
+        mine = [row for row in found if row.exit == exit]
+        assert sum(row.count for row in mine) == 40
+        confidence, chosen = answers[:, exit].max(dim=1)
+        same = (chosen == answers[:, -1].argmax(dim=1)).float()
+        for row in mine:
+            assert row.low <= row.confidence <= row.high
+            inside = (confidence > row.low) & (confidence <= row.high)
+            assert row.count == int(inside.sum())
+            assert row.confidence == pytest.approx(float(confidence[inside].mean()))
+            assert row.agreement == pytest.approx(float(same[inside].mean()))
+
+
+@pytest.mark.parametrize(("games", "certified"), [(2, False), (4, False), (5, True)])
+def test_equal_games_certify_only_if_there_are_enough_of_them(games, certified):
+    candidate = Candidate(shared_policy("confidence", 0.5, 3), [21.0] * games, 0.5)
+    found = calibrate_loss([candidate], [21.0] * games, -21.0, 0.05, 0.95)
+    assert (found is not None) is certified

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import pickle
 import signal
@@ -416,6 +417,41 @@ def test_an_import_is_done_once_and_never_replaces_another_teacher_unasked(say, 
     assert say("distill", "toy.yaml", "--methods", "sdn", "--threads", "1").code == 0
 
 
+def test_an_import_into_a_training_that_was_stopped_leaves_nothing_of_it(say, tmp_path):
+    assert say("train", "toy.yaml", "--threads", "1").code == 0
+    teacher = tmp_path / "runs" / "toy" / "teacher"
+    (teacher / "train.done.json").unlink()
+    (teacher / "scalars.csv").write_text("step,tag,value\n")
+    assert say("import", "--sb3", "a.zip", "--as", "toy.yaml").code == 0
+    assert not (teacher / "scalars.csv").exists()
+    assert not checkpoint.exists(teacher, "state")
+
+
+def test_a_run_folder_that_another_process_works_on_is_left_alone(say, tmp_path):
+    root = tmp_path / "runs" / "toy"
+    root.mkdir(parents=True)
+    with open(root / ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        line = refused(say("train", "toy.yaml", "--threads", "1"))
+    assert "is being worked on by another rlexit" in line
+    assert files(root) == {".lock": b""}
+    assert say("train", "toy.yaml", "--threads", "1").code == 0
+
+
+def test_a_teacher_is_trained_with_one_seed(say):
+    assert "`--seeds` of train must be one" in refused(say("train", "toy.yaml", "--seeds", "0", "1"))
+
+
+def test_what_cannot_be_built_or_met_is_told_before_the_teacher_is_trained(say, tmp_path):
+    for words in (["--network.taps", "nowhere"], ["--head.kind", "foo"], ["--target_macs", "0.01"]):
+        refused(say("run", "toy.yaml", *words))
+        assert not (tmp_path / "runs").exists()
+
+
+def test_a_film_of_static_networks_is_refused(say, runs):
+    assert "`--methods` must name one with exits" in refused(say("video", "toy.yaml", "--methods", "static"))
+
+
 def test_a_refused_import_leaves_the_teacher_even_when_forced(say, runs, monkeypatch):
     def refuse(self, path, folder):
         raise ValueError(f"`{path}` is no zip file.")
@@ -494,7 +530,7 @@ def test_a_signal_stops_at_a_safe_point_and_the_same_command_goes_on(say, tmp_pa
 
     monkeypatch.setattr(toy.ToyDomain, "train", signalled)
     before = signal.getsignal(number)
-    answer = say("train", "toy.yaml", "--threads", "1")
+    answer = say("train", "toy.yaml", "--threads", "1", "--force")
     assert (answer.code, answer.err) == (code, "")
     assert "Go on with the same command:\n  rlexit train toy.yaml --threads 1\n" in answer.out
     assert signal.getsignal(number) is before

@@ -117,3 +117,9 @@ def test_any_module_is_a_head_that_reads_no_logits():
 def test_an_unfinished_head_says_what_is_missing():
     with pytest.raises(TypeError, match="`Head` must implement `forward`"):
         Head()(torch.ones(1))
+
+
+def test_a_map_that_the_convolution_cannot_read_is_refused_when_the_head_is_built():
+    with pytest.raises(ValueError, match="`head.stride` must be 0 on a map smaller than 3 x 3"):
+        PooledConvHead((8, 2, 2), 4, HeadConfig(), False)
+    assert PooledConvHead((8, 2, 2), 4, HeadConfig(stride=0), False)(torch.zeros(1, 8, 2, 2)).shape == (1, 4)

@@ -145,3 +145,8 @@ def test_hindsight_improvability_refuses_shapes_that_do_not_fit() -> None:
 def test_area_under_curve_sorts_by_compute() -> None:
     assert metrics.area_under_curve([1.0, 0.0, 0.5], [4.0, 0.0, 4.0]) == pytest.approx(1.0 + 2.0)
     assert math.isnan(metrics.area_under_curve([0.5], [1.0]))
+
+
+def test_the_calibration_error_weighs_bins_by_their_rows():
+    assert metrics.expected_calibration_error([1, 3], [0.5, 0.9], [0.7, 0.8]) == pytest.approx(0.25 * 0.2 + 0.75 * 0.1)
+    assert math.isnan(metrics.expected_calibration_error([], [], []))

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from rlexit.config import RULES
 from rlexit.rules import Rule, rules
 from rlexit.state import ExitState
 
@@ -116,3 +117,7 @@ def test_patience_reads_the_exits_own_logits_and_not_the_ensemble():
 
     state = replace(state_of(logits), answer=torch.tensor([[0.0, 1.0, 0.0]]).log_softmax(dim=-1))
     assert rules["patience"]().score(state).tolist() == [2.0]
+
+
+def test_the_rules_that_a_config_may_name_are_those_that_are_registered():
+    assert list(RULES) == sorted(rules)

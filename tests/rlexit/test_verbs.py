@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rlexit import checkpoint, report, verbs
 from rlexit.calibrate import TargetError
@@ -18,7 +19,7 @@ from rlexit.domain import Domain, Watch
 from rlexit.evaluate import Subject, evaluate
 from rlexit.exit_policy import ExitPolicy
 from rlexit.interrupts import Diverged, Stopped
-from rlexit.rows import read_latency, read_rows
+from rlexit.rows import read_latency, read_reliability, read_rows
 from rlexit.runfolder import FolderError
 from rlexit.runlog import read_scalars
 from rlexit.session import Session, calibrated_policy, load_network
@@ -262,6 +263,80 @@ def test_evaluating_again_does_not_calibrate_again(copy):
     before = (copy / "ztw" / "s0" / "calibrate.done.json").stat().st_mtime_ns
     verbs.evaluate_method(session(copy, force=True), "ztw")
     assert (copy / "ztw" / "s0" / "calibrate.done.json").stat().st_mtime_ns == before
+
+
+def test_an_evaluation_uses_what_was_calibrated_whatever_for(distilled):
+    verbs.calibrate(session(distilled, changed(SMALL, "calibrate", target_macs=(0.7,), max_return_drop=())), "ztw")
+    verbs.evaluate_method(session(distilled), "ztw")
+    rows = read_rows(distilled / "ztw" / "s0" / "eval" / "episodes.csv")
+    assert {row.target for row in rows} == {"", "target_macs=0.7"}
+
+
+def test_only_the_first_of_several_seeds_starts_over_what_all_seeds_share(copy):
+    before = checkpoint.weights_hash(copy / "teacher", "teacher")
+    second = replace(session(copy, force=True), seed=1, first=False)
+    verbs.train(second)
+    verbs.evaluate_teacher(second)
+    assert checkpoint.weights_hash(copy / "teacher", "teacher") == before
+    assert second.stage("train").is_done()
+
+
+def test_exits_that_cannot_be_built_leave_nothing_even_when_forced(copy):
+    before = files(copy)
+    with pytest.raises((ValueError, LookupError)):
+        verbs.distill(session(copy, changed(SMALL, "network", taps=("nowhere",)), force=True), "ztw")
+    assert files(copy) == before
+
+
+# ---- TensorBoard ----
+
+
+def board(folder: Path) -> EventAccumulator:
+    found = EventAccumulator(str(folder / "tb"), size_guidance={"scalars": 0, "histograms": 0})
+    return found.Reload()
+
+
+def test_every_operating_point_has_a_board_that_says_what_its_rows_say(done):
+    folder = done / "ztw" / "s0" / "eval"
+    rows = read_rows(folder / "episodes.csv")
+    labels = {row.label for row in rows}
+    assert {path.name for path in (folder / "boards").iterdir()} == {f"ztw {label}" for label in labels}
+    for label in labels:
+        mine = [row for row in rows if row.label == label]
+        shown = board(folder / "boards" / f"ztw {label}")
+        (mean,) = shown.Scalars("eval/return_mean")
+        assert mean.step == SMALL.distill.steps
+        assert mean.value == pytest.approx(np.mean([row.value for row in mine]), rel=1e-5)
+        macs = np.average([row.relative_macs for row in mine], weights=[row.decisions for row in mine])
+        assert shown.Scalars("eval/macs_ratio")[0].value == pytest.approx(macs, rel=1e-5)
+        shares = [shown.Scalars(f"eval/exit_frac/{exit}")[0].value for exit in range(3)]
+        assert sum(shares) == pytest.approx(1.0, abs=1e-5)
+        assert {"eval/return_iqm", "eval/length_mean", "eval/macs_mean"} <= set(shown.Tags()["scalars"])
+
+
+def test_calibration_shows_thresholds_and_how_far_confidence_can_be_trusted(done):
+    folder = done / "ztw" / "s0"
+    bins = read_reliability(folder / "calibration" / "reliability.csv")
+    assert {row.exit for row in bins} == {0, 1}
+    shown = board(folder / "calibration")
+    for exit in range(2):
+        mine = [row for row in bins if row.exit == exit]
+        total = sum(row.count for row in mine)
+        assert total == checkpoint.load_facts(folder, "exit_policies")["rows"]
+        error = sum(row.count * abs(row.confidence - row.agreement) for row in mine) / total
+        assert shown.Scalars(f"calib/ece/exit{exit}")[0].value == pytest.approx(error, abs=1e-5)
+        assert f"eval/confidence/exit{exit}" in shown.Tags()["histograms"]
+    for policy in checkpoint.load_facts(folder, "exit_policies")["policies"]:
+        thresholds = board(folder / "calibration" / policy["label"])
+        for exit, threshold in enumerate(policy["thresholds"]):
+            assert thresholds.Scalars(f"calib/threshold/exit{exit}")[0].value == pytest.approx(float(threshold))
+
+
+def test_distillation_shows_margins_and_the_weights_of_the_ensembles(done):
+    shown = board(done / "ztw" / "s0")
+    assert {"distill/logit_margin/exit0", "distill/logit_margin/exit1"} <= set(shown.Tags()["histograms"])
+    shares = [shown.Scalars(f"distill/ensemble_weight/exit1/of{earlier}")[-1].value for earlier in range(2)]
+    assert sum(shares) == pytest.approx(1.0, abs=1e-5)
 
 
 def test_distilling_again_makes_later_stages_of_the_old_exits_invalid(copy):
