@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
-import os
-import platform
 import statistics
 import tempfile
 import time
@@ -35,7 +33,7 @@ from agents import rollouts, teacher, zoo
 from agents.backbones.nature import load_sb3, nature_network
 from agents.config import EnvConfig, PPOConfig
 from agents.envs import AtariVecEnv
-from rlexit import checkpoint
+from rlexit import checkpoint, machine
 from rlexit.calibrate import score_rows, shared_policy, solve_macs
 from rlexit.config import DistillConfig, HeadConfig
 from rlexit.costs import cost_table
@@ -246,14 +244,13 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", default=list(PARTS), help=", ".join(PARTS))
     parser.add_argument("--repeats", type=int, default=3, help="alternating repeats")
     parser.add_argument("--calls", type=int, default=20, help="calls per repeat in `batched`")
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--threads", type=int, default=None, help="default: all cores")
     options = parser.parse_args()
     for part in options.parts:
         if part not in PARTS:
             parser.error(f"no part {part!r}; there are {', '.join(PARTS)}")
-    torch.set_num_threads(options.threads)
-    torch.set_flush_denormal(True)
-    print(f"# {platform.machine()}, {os.cpu_count()} cores, {options.threads} threads, torch {torch.__version__}")
+    machine.settle(options.threads)
+    print(f"# {machine.describe()}, {torch.get_num_threads()} threads, torch {torch.__version__}", flush=True)
     for part in options.parts:
         PARTS[part](options)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 import tempfile
@@ -48,18 +47,13 @@ def console() -> Console:
 
 def work(verb: str, options: argparse.Namespace, config: CoreConfig, place: Place, seeds: Sequence[int]) -> int:
     """Does a verb of one run for every seed; a signal ends it at a safe point with the way to go on."""
-    import torch
-
     from rlexit.calibrate import check_target
     from rlexit.costs import cost_table
     from rlexit.interrupts import Stopped, stop_on_signals
+    from rlexit.machine import settle
     from rlexit.session import Session
 
-    # A container may own fewer cores than the machine has.
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    torch.set_num_threads(options.threads or cores or 1)
-    # Weights that have decayed to denormals cost a factor of four on a CPU.
-    torch.set_flush_denormal(True)
+    settle(options.threads)
     if verb == "train" and len(seeds) > 1:
         raise ValueError("`--seeds` of train must be one: all seeds of a run share its teacher. Use another --out.")
     out = console()
@@ -260,12 +254,14 @@ def doctor_verb(words: Sequence[str]) -> int:
     Parser(prog="rlexit doctor", description=doctor_verb.__doc__).parse_args(words)
     import torch
 
+    from rlexit.machine import cores, describe
+
     out = console()
     out.print(f"rlexit     {__version__}, python {sys.version.split()[0]}")
     for name in ("torch", "stable-baselines3", "gymnasium", "ale-py", "numpy", "tensorboard", "safetensors"):
         out.print(f"{name:<18} {metadata.version(name)}")
     capability = torch.backends.cpu.get_cpu_capability()
-    out.print(f"cpu        {os.cpu_count()} cores, {torch.get_num_threads()} threads, {capability}")
+    out.print(f"machine    {describe()}; {cores()} threads, {capability}")
     out.print(f"gpu        {torch.cuda.get_device_name() if torch.cuda.is_available() else 'none seen; not needed'}")
     games = _lists("games", Path())
     out.print(

@@ -18,9 +18,9 @@ from rlexit.costs import CostTable
 from rlexit.domain import Domain, Played, Progress, Split, Watch
 from rlexit.exit_policy import ExitPolicy
 from rlexit.interrupts import Stopped
+from rlexit.machine import describe
 from rlexit.network import StagedNetwork
 from rlexit.rows import LatencyRow, Row, append_rows, read_rows, write_rows
-from rlexit.runfolder import machine
 from rlexit.runtime import run
 
 
@@ -194,7 +194,7 @@ def latencies(domain: Domain, subject: Subject, inputs: Tensor) -> Iterator[Late
         finally:
             torch.set_num_threads(threads)
         name = method_name(subject.method, policy.rule)
-        yield LatencyRow(domain.task, name, subject.run_seed, policy.label, 1, p50, p95, 1, "torch eager", machine())
+        yield LatencyRow(domain.task, name, subject.run_seed, policy.label, 1, p50, p95, 1, "torch eager", describe())
 
 
 def exit_costs(network: StagedNetwork, costs: CostTable) -> list[tuple[str, int, float]]:

@@ -12,9 +12,9 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from rlexit import checkpoint
+from rlexit import checkpoint, machine
 
 
 class FolderError(ValueError):
@@ -145,24 +145,12 @@ def environment() -> dict[str, Any]:
         "time": _now(),
         "commit": _commit(),
         "versions": {"python": platform.python_version(), **versions},
-        "machine": machine(),
+        "machine": machine.describe(),
         "threads": torch.get_num_threads(),
     }
 
 
-def machine() -> str:
-    """One line on the machine: system, processor, cores."""
-    return f"{platform.system()} {platform.machine()}, {_processor()}, {os.cpu_count()} cores"
-
-
-def _processor() -> str:
-    known = Path("/proc/cpuinfo")
-    lines = known.read_text(errors="replace").splitlines() if known.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return (names or [platform.processor() or "unknown processor"])[0]
-
-
-_held: dict[Path, TextIO] = {}
+_held: dict[Path, int] = {}
 
 
 def hold(root: Path) -> None:
@@ -174,11 +162,11 @@ def hold(root: Path) -> None:
     if root.resolve() in _held:
         return
     root.mkdir(parents=True, exist_ok=True)
-    file = open(root / ".lock", "a", encoding="utf-8")  # noqa: SIM115 (it is open as long as the lock is held)
+    file = os.open(root / ".lock", os.O_CREAT | os.O_RDWR)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        file.close()
+        os.close(file)
         raise FolderError(
             f"`{root}` is being worked on by another rlexit. Wait for it, or use another --out."
         ) from error
