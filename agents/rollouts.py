@@ -88,7 +88,9 @@ def play(
     """
     if not jobs:
         return
-    n_envs = min(n_envs, len(jobs))
+    # No more emulators than rounds of games keep busy: one without a game still takes its time at every step.
+    rounds = -(-len(jobs) // n_envs)
+    n_envs = -(-len(jobs) // rounds)
     slots = np.full(n_envs, -1)
     running: list[Played | None] = [None] * n_envs
     generators: list[np.random.Generator] = [np.random.default_rng(0)] * n_envs
