@@ -303,7 +303,7 @@ def video(session: Session, method: str, episode: int, label: str | None, steps:
     webp, gif = session.domain.film(network, policy, episode, steps, folder / "video" / f"ep{episode}")
     data = gif.read_bytes()
     width, height = struct.unpack("<HH", data[6:10])
-    with Board(folder / "video") as board:
+    with Board(folder / "video" / f"ep{episode}") as board:
         board.animation("eval/episode", data, height, width, episode)
     return webp
 

@@ -381,7 +381,7 @@ def test_the_verb_writes_both_files_and_shows_the_gif_on_tensorboard(session):
         picture = animation.convert("RGB")
     _, top, right, bottom = toy_panel(toy_step()).badge(1)
     assert picture.getpixel((right - 4, (top + bottom) // 2)) == getrgb(exit_colours(3)[1])
-    board = EventAccumulator(str(folder / "tb"))
+    board = EventAccumulator(str(folder / "ep2" / "tb"))
     board.Reload()
     (shown,) = board.Images("eval/episode")
     assert (shown.step, shown.width, shown.height) == (2, *panel.SIZE)
