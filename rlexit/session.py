@@ -89,10 +89,10 @@ class Session:
             # Calibration episodes are played as test episodes are.
             settings["evaluate"] = {name: config["evaluate"][name] for name in ("actions", "execution", "n_envs")}
             return Stage(self.method(method), name, settings, config, ("exit_policies*", "calibration"))
-        if name == "video":
-            return Stage(self.method(method), name, settings, config, ("video",))
         if not METHODS[method].static:
             settings["exit_policies"] = config_hash(self.calibrated(method) or [])
+        if name == "video":
+            return Stage(self.method(method), name, settings, config, ("video",))
         return Stage(self.method(method), name, {**settings, **self.settings("evaluate")}, config, ("eval",))
 
     def calibrated(self, method: str) -> list[dict[str, Any]] | None:
