@@ -104,7 +104,7 @@ def calibrate(session: Session, method: str) -> list[ExitPolicy]:
     missed: list[str] = []
 
     def rows(policy: ExitPolicy) -> torch.Tensor:
-        with session.watch("calibrate", "rows") as watch:
+        with session.watch("calibrate", "games") as watch:
             return session.domain.rows(network, policy, CALIBRATION_ROWS, watch)
 
     def score(inputs: torch.Tensor) -> calibration.Scores:
@@ -245,7 +245,7 @@ def _operating_points(
     policies = list(calibrated)
     if settings.grid:
         policies += [ExitPolicy.always(exit, network.exits) for exit in range(network.exits - 1)]
-        with session.watch("evaluate", "rows") as watch:
+        with session.watch("evaluate", "games") as watch:
             inputs = session.domain.rows(network, ExitPolicy.full(network.exits), CALIBRATION_ROWS, watch)
         for rule in settings.rules:
             scores = calibration.score_rows(network, rule, inputs, costs)
