@@ -264,11 +264,12 @@ def decode(rows: Any, config: DataConfig, classes: int, where: str) -> Images:
         raise ValueError(f"`data.path` must hold images, got none in the {where} of {config.path!r}.")
     pixels = np.empty(0, dtype=np.uint8)
     labels = torch.empty(len(rows), dtype=torch.int64)
+    formats: list[str] = []
     for row, (stored, index) in enumerate(_cells(rows, image, label)):
         place = f"row {row} of the {where} of {config.path!r}"
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < classes:
             raise ValueError(f"`{label}` in {place} must be in 0..{classes - 1}, got {index!r}.")
-        array = _pixels(stored, config.side, place)
+        array = _pixels(stored, config.side, formats, place)
         if row == 0:
             total = len(rows) * array.size
             if total > MAX_BYTES:
@@ -290,13 +291,13 @@ def _cells(rows: Any, image: str, label: str) -> Iterator[tuple[Any, Any]]:
         yield from zip(batch[image], batch[label], strict=True)
 
 
-def _pixels(stored: Any, side: int, place: str) -> np.ndarray:
-    """(3, H, W) uint8 of one stored image; H = W."""
+def _pixels(stored: Any, side: int, formats: list[str], place: str) -> np.ndarray:
+    """(3, H, W) uint8 of one stored image; H = W. `formats` remembers what was met: trying all takes half of the time."""
     path = (stored or {}).get("path")
     if path and (stored or {}).get("bytes") is None:
         place = f"{place} ({path})"
     try:
-        with Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else path) as picture:
+        with _opened(io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else path, formats) as picture:
             picture.load()
             mode = picture.mode
             if mode != "RGB":
@@ -310,6 +311,17 @@ def _pixels(stored: Any, side: int, place: str) -> np.ndarray:
         size = f"{array.shape[2]} x {array.shape[1]}"
         raise ValueError(f"`data.path` must hold square images, got {size} in {place}. Set `data.side`.")
     return array
+
+
+def _opened(source: Any, formats: list[str]) -> Image.Image:
+    if formats:
+        try:
+            return Image.open(source, formats=formats)
+        except UnidentifiedImageError:
+            pass  # of another format, or of none
+    picture = Image.open(source)
+    formats[:] = [picture.format or ""]
+    return picture
 
 
 def _fitted(picture: Image.Image, side: int) -> Image.Image:
