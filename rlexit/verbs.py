@@ -166,7 +166,7 @@ def _candidates(
     if session.domain.metric == "score":  # an accuracy has its floor at 0, not at chance
         subjects.append((Subject("random", 0, None, [ExitPolicy.full(2)], full), shared))
     for subject, folder in subjects:
-        with session.watch("certify", "games") as watch:
+        with session.watch("certify", "episodes") as watch:
             path = folder / f"{subject.method}.csv"
             rows = evaluate(session.domain, subject, settings.episodes, "certification", path, None, watch)
             played[subject.method] = [row for row in rows if row.episode < settings.episodes]
@@ -196,7 +196,7 @@ def evaluate_teacher(session: Session) -> None:
     episodes = session.domain.config.evaluate.episodes
     folder = session.teacher / "eval"
     for player in (subject, blind):
-        with session.watch(player.method, "games") as watch:
+        with session.watch(player.method, "episodes") as watch:
             evaluate(session.domain, player, episodes, "test", folder / "episodes.csv", None, watch)
     _measure_latency(session, subject, folder)
     _show(session, folder, 0)
@@ -225,7 +225,7 @@ def evaluate_method(session: Session, method: str) -> None:
         subject = Subject(method, session.seed, network, policies, full)
         if not name:
             _print_costs(session, network)
-        with session.watch(f"evaluate {method}", "games") as watch:
+        with session.watch(f"evaluate {method}", "episodes") as watch:
             evaluate(session.domain, subject, settings.episodes, "test", path, folder / "eval", watch)
         _measure_latency(session, subject, folder / "eval")
     _show(session, folder / "eval", session.domain.config.distill.steps)
