@@ -238,7 +238,9 @@ class Distiller:
             if fitting:
                 with torch.no_grad():
                     self.newest = self._answers(features)
-                    cached.append((self._ensembled(self.newest, teacher), teacher, *(() if labels is None else (labels,))))
+                    cached.append(
+                        (self._ensembled(self.newest, teacher), teacher, *(() if labels is None else (labels,)))
+                    )
             else:
                 facts = self._update(features, teacher, labels, in_heads)
             self._log(log, facts)
@@ -334,8 +336,8 @@ class Distiller:
         losses, agreements = torch.cat(seen, dim=1).mean(dim=1)
         if not bool(torch.isfinite(losses).all()):
             raise Diverged(
-                f"`distill/{self.curve}` became {losses.tolist()} after {self.samples} samples. The last checkpoint is kept; "
-                "lower `distill.learning_rate` and start over with --force."
+                f"`distill/{self.curve}` became {losses.tolist()} after {self.samples} samples. The last checkpoint is "
+                "kept; lower `distill.learning_rate` and start over with --force."
             )
         return self._facts(losses, agreements)
 

@@ -109,6 +109,7 @@ class PooledConvHead(Head):
         else:
             self.conv = nn.Identity()
         self.map_shape = (height, width)
+        self.padding = config.padding
         # Patches of a convolution that hardly strides overlap: they would be several times the map.
         self.keeps_patches = config.stride >= 3
         side = config.pool if config.upsample else min(config.pool, height, width)
@@ -121,10 +122,10 @@ class PooledConvHead(Head):
         return self._finish(self.conv(features), previous)
 
     def gather(self, features: Tensor) -> Tensor:
-        """(B, positions, 9 C): the patches that the convolution reads, where its stride makes them no larger than the map."""
+        """(B, positions, 9 C): the patches that the convolution reads, where they are no larger than the map."""
         if not (self.keeps_patches and isinstance(self.conv, nn.Conv2d)):
             return features
-        patches = functional.unfold(features, 3, padding=self.conv.padding, stride=self.conv.stride)
+        patches = functional.unfold(features, 3, padding=self.padding, stride=self.conv.stride)
         return patches.transpose(1, 2).contiguous()
 
     def from_gathered(self, gathered: Tensor, previous: Tensor | None = None) -> Tensor:

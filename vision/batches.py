@@ -27,7 +27,9 @@ class Stream:
 
     def __init__(self, images: Images, config: DataConfig, batch: int, seed: int, least: int = 1) -> None:
         if len(images) < least:
-            raise ValueError(f"`data` must leave at least {least} images to train on, got {len(images)}. Hold out fewer.")
+            raise ValueError(
+                f"`data` must leave at least {least} images to train on, got {len(images)}. Hold out fewer."
+            )
         self.images, self.batch, self.seed = images, batch, seed
         rest = len(images) % batch
         self.per_epoch = len(images) // batch + (rest >= least)

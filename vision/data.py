@@ -223,7 +223,9 @@ def _open(config: DataConfig) -> tuple[Any, Any]:
         found = datasets.load_dataset(config.path)
     except Exception as error:  # its errors have no common ancestor, and many causes
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise ValueError(f"`data.path` must be a data set that `datasets` reads, got {config.path!r}: {reason}") from error
+        raise ValueError(
+            f"`data.path` must be a data set that `datasets` reads, got {config.path!r}: {reason}"
+        ) from error
     test = next((name for name in TEST_NAMES if name in found), None)
     if "train" not in found or test is None:
         raise ValueError(
@@ -243,9 +245,9 @@ def _open(config: DataConfig) -> tuple[Any, Any]:
     try:
         return found["train"].cast_column(image, raw), found[test].cast_column(image, raw)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"`{image}` in {config.path!r} must be a column of images, got {found[test].features[image]}.") from (
-            error
-        )
+        raise ValueError(
+            f"`{image}` in {config.path!r} must be a column of images, got {found[test].features[image]}."
+        ) from (error)
 
 
 def decode(rows: Any, config: DataConfig, classes: int, where: str) -> Images:

@@ -51,7 +51,9 @@ class VisionDomain:
             "side": self.data.side,
             "long_tail": self.config.data.long_tail,
             "backbone": asdict(self.config.backbone),
-            "thresholds_from": f"{held_out:g} of the training images" if held_out else "the other half of the test images",
+            "thresholds_from": f"{held_out:g} of the training images"
+            if held_out
+            else "the other half of the test images",
             "torch": torch.__version__,
         }
 
@@ -187,7 +189,9 @@ class VisionDomain:
                 return
             images = folds[episode]
             if network is None:
-                guesses = np.random.default_rng([episode, len(images)]).integers(len(self.data.classes), size=len(images))
+                guesses = np.random.default_rng([episode, len(images)]).integers(
+                    len(self.data.classes), size=len(images)
+                )
                 value = float((guesses == images.labels.numpy()).mean())
                 yield Played(policy, episode, episode, value, len(images), 0, np.array([len(images)]))
             elif self.config.evaluate.execution == "real":

@@ -165,7 +165,9 @@ def load_weights(network: Classifier, tensors: Mapping[str, Tensor], where: str)
                 "Set `backbone` to that of the weights, and `data` to their classes."
             )
     if strange:
-        raise CheckpointError(f"`{strange[0]}` in {where} belongs to no part of the backbone. Set `backbone` to its own.")
+        raise CheckpointError(
+            f"`{strange[0]}` in {where} belongs to no part of the backbone. Set `backbone` to its own."
+        )
     with torch.no_grad():
         for name, target in own.items():
             target.copy_(tensors[name])
