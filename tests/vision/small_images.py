@@ -63,7 +63,7 @@ def hub_folder(
     (folder / "plain_text").mkdir(parents=True)
     for name, rows in (("train", train), ("test", test)):
         values = {columns[0]: [{"bytes": image, "path": None} for image, _ in rows], columns[1]: [y for _, y in rows]}
-        made = datasets.Dataset.from_dict(values, features=features if all(0 <= y < 9 for _, y in rows) else None)
+        made = datasets.Dataset.from_dict(values, features=features)
         made.to_parquet(str(folder / "plain_text" / f"{name}-00000-of-00001.parquet"))
     return folder
 

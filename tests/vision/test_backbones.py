@@ -25,7 +25,9 @@ HEAD = VisionConfig().head
 EVERY = NetworkConfig(every=1)
 DATA = os.environ.get("RLEXIT_DATA", "")
 SIDES = {"vgg": 32, "resnet50": 32}
-NARROW = {name: BackboneConfig(name, width=0.125, depth=8 if name in ("resnet_cifar", "wrn") else 0) for name in BACKBONES}
+NARROW = {
+    name: BackboneConfig(name, width=0.125, depth=8 if name in ("resnet_cifar", "wrn") else 0) for name in BACKBONES
+}
 RESNET = BackboneConfig("resnet_cifar", 56)
 WRN = BackboneConfig("wrn", 32, 4.0)
 
@@ -169,7 +171,9 @@ def test_exits_are_where_the_config_says():
     assert names(taps=("layer3_0", "stem")) == ("stem", "layer3_0", "pool")
     with pytest.raises(ValueError, match="`network.every` must be at most 3, the number of blocks, got 4"):
         names(every=4)
-    with pytest.raises(LookupError, match=r"`network.taps` must be a known name, got 'layer1.0'. Did you mean 'layer1_0'\?"):
+    with pytest.raises(
+        LookupError, match=r"`network.taps` must be a known name, got 'layer1.0'. Did you mean 'layer1_0'\?"
+    ):
         names(taps=("layer1.0",))
 
 
