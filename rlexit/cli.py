@@ -16,8 +16,8 @@ from rlexit.registry import unknown
 
 VERBS = {
     "run": "train, distill, calibrate, evaluate and report, skipping what is done",
-    "train": "make a teacher (PPO for Atari)",
-    "import": "adopt a teacher: --sb3 FILE.zip --as NAME, without unpickling anything",
+    "train": "make a teacher (PPO for Atari, SGD for images)",
+    "import": "adopt a teacher: --sb3 FILE.zip or --weights FILE, --as NAME, without unpickling anything",
     "distill": "train exits on the frozen teacher",
     "calibrate": "choose thresholds: --target_macs 0.5 or --max_return_drop 0.05",
     "evaluate": "play test episodes at a grid of thresholds and at the calibrated ones",
@@ -26,7 +26,11 @@ VERBS = {
     "list": "configs, games, methods, rules, runs",
     "doctor": "versions, ROMs, threads, extras and what is missing",
 }
-SHORTHANDS = {"--target_macs": "calibrate.target_macs", "--max_return_drop": "calibrate.max_return_drop"}
+SHORTHANDS = {
+    "--target_macs": "calibrate.target_macs",
+    "--max_return_drop": "calibrate.max_return_drop",
+    "--data": "data.path",
+}
 PRINT_CONFIG = "--print_config"
 USAGE_ERROR = 2
 
@@ -109,8 +113,15 @@ def _common(verb: str) -> argparse.ArgumentParser:
     if verb != "import":
         parser.add_argument("name", metavar="NAME", help="config or run folder")
     else:
-        parser.add_argument("--sb3", metavar="FILE", type=Path, required=True, help="zip saved by stable-baselines3")
-        parser.add_argument("--as", dest="name", metavar="NAME", required=True, help="config of its game")
+        parser.add_argument(
+            *("--sb3", "--weights"),
+            dest="file",
+            metavar="FILE",
+            type=Path,
+            required=True,
+            help="zip saved by stable-baselines3, or a classifier's weights",
+        )
+        parser.add_argument("--as", dest="name", metavar="NAME", required=True, help="config of its game or data set")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of all runs (default: runs)")
     parser.add_argument("--seeds", type=int, nargs="+", default=None, metavar="SEED", help="default: 0")
     parser.add_argument("--threads", type=int, default=None, help="torch threads (default: all cores)")

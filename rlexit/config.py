@@ -52,6 +52,8 @@ class HeadConfig:
         stride: of the head's 3x3 convolution; 0 leaves the convolution out.
         pool: side of the pooled map, in positions.
         upsample: pool to `pool` even where the map is smaller, as the reference does (repeated values).
+        padding: of the convolution, in zeros around the map.
+        channels: of the convolution, as a share of the map's; a light head has few.
     """
 
     kind: str = "pooled_conv"
@@ -60,10 +62,14 @@ class HeadConfig:
     stride: int = 4
     pool: int = 4
     upsample: bool = True
+    padding: int = 0
+    channels: float = 1.0
 
     def __post_init__(self) -> None:
         require(0 <= self.stride <= 64, "head.stride", "be in 0..64", self.stride, "0 leaves the convolution out.")
         require(1 <= self.pool <= 64, "head.pool", "be in 1..64", self.pool)
+        require(self.padding in (0, 1), "head.padding", "be 0 or 1", self.padding)
+        require(0 < self.channels <= 4, "head.channels", "be in (0, 4]", self.channels)
 
 
 @dataclass(frozen=True)
@@ -80,12 +86,15 @@ class DistillConfig:
         epochs: passes over each collected buffer.
         learning_rate: of Adam, at first.
         decay_at: shares of the steps after which the rate falls to a tenth and to a hundredth.
-        label_weight: weight of the cross-entropy to the teacher's likeliest output; the rest is KL(teacher || exit).
+        label_weight: weight of the cross-entropy to the sample's label, or to the teacher's likeliest output where samples
+            have none; the rest is KL(teacher || exit). Classifiers learn from labels alone: 1.
+        weight_decay: L2 of whatever is trained but the ensembles.
         reference: repeat the official code's deviations that change numbers: every environment is driven by the first
             one's action, the KL is divided by the number of outputs, ensembles are trained by Adam while acting.
         checkpoint_buffers: collected buffers between checkpoints. Games start afresh there, so that a resumed run is equal
             to an uninterrupted one; what lies further into a game than so many buffers is not seen.
         precision: of the convolutions and dense layers while training; weights, losses and everything else are fp32.
+        frozen_precision: of the frozen backbone while training, and of the features that are kept of it.
         static_widths: `static` only: channel multipliers of the small networks; 0.54 costs what NatureCNN's first exit
             costs, 0.65 half of the full network.
         static_learning_rate: `static` only: in place of `learning_rate`, which is made for small heads.
@@ -99,9 +108,11 @@ class DistillConfig:
     learning_rate: float = 0.01
     decay_at: tuple[float, float] = (0.1, 0.75)
     label_weight: float = 0.0
+    weight_decay: float = 0.0
     reference: bool = False
     checkpoint_buffers: int = 50
     precision: str = "bf16"
+    frozen_precision: str = "fp32"
     static_widths: tuple[float, ...] = (0.54, 0.65)
     static_learning_rate: float = 0.0005
     static_decay_at: tuple[float, float] = (0.7, 0.9)
@@ -113,7 +124,12 @@ class DistillConfig:
         require(
             0 < self.static_learning_rate < 1, "distill.static_learning_rate", "be in (0, 1)", self.static_learning_rate
         )
-        require(self.precision in ("bf16", "fp32"), "distill.precision", "be bf16 or fp32", self.precision)
+        for name in ("precision", "frozen_precision"):
+            require(getattr(self, name) in ("bf16", "fp32"), f"distill.{name}", "be bf16 or fp32", getattr(self, name))
+        advice = "Heads cannot learn in fp32 from features in bf16."
+        fits = self.frozen_precision == "fp32" or self.precision == "bf16"
+        require(fits, "distill.frozen_precision", "be fp32 where distill.precision is", self.frozen_precision, advice)
+        require(0 <= self.weight_decay < 1, "distill.weight_decay", "be in [0, 1)", self.weight_decay)
         for name in ("decay_at", "static_decay_at"):
             first, second = getattr(self, name)
             require(0 <= first <= second <= 1, f"distill.{name}", "be two rising shares in [0, 1]", (first, second))
@@ -135,7 +151,7 @@ class CalibrateConfig:
         rule: who leaves: a registered rule, such as `confidence`, `entropy`, `margin` or `patience`.
         target_macs: mean compute relative to the full network; several make several exit policies.
         max_return_drop: largest loss of normalised return (accuracy for classifiers); several make several.
-        episodes: calibration episodes per candidate.
+        episodes: certification episodes per candidate; for classifiers folds of the certification images.
         rounds: solve, roll out, solve again: so many times.
         candidates: operating points tried for a bounded return.
         confidence: with which a bounded return is certified.
@@ -165,12 +181,12 @@ class EvaluateConfig:
     """What is measured on test episodes.
 
     Args:
-        episodes: full games (or passes) per operating point.
+        episodes: full games per operating point; for classifiers folds of the test set, each evaluated once.
         grid: operating points between the cheapest exit and the full network, evenly spaced in compute; 0 for none.
         rules: rules whose grids are measured; `patience` has one point per length.
         actions: `argmax` or `sampled`.
         execution: `real` (later units are not run) or `replay` (all exits at once).
-        n_envs: games played side by side.
+        n_envs: games played side by side; for classifiers rows per batch.
         latency_rows: single decisions timed per operating point; 0 for none.
     """
 

@@ -127,15 +127,15 @@ def _import(session: Session, options: argparse.Namespace) -> None:
 
     # First elsewhere: a file that is refused must leave everything as it is.
     with tempfile.TemporaryDirectory() as scratch:
-        session.domain.adopt(options.sb3, Path(scratch))
+        session.domain.adopt(options.file, Path(scratch))
         adopted = weights_hash(Path(scratch), TEACHER)
     stage = session.stage("train")
     if session.begin(stage):
         # An unfinished training of the same config may have left its own state and curves.
         stage.clear()
         session.begin(stage)
-        session.domain.adopt(options.sb3, session.teacher)
-        stage.finish({"imported": options.sb3.name, "teacher": adopted})
+        session.domain.adopt(options.file, session.teacher)
+        stage.finish({"imported": options.file.name, "teacher": adopted})
     elif weights_hash(session.teacher, TEACHER) != adopted:
         raise FolderError(f"`{session.teacher}` holds another teacher. Use --force to replace it, or another --out.")
     session.console.print(f"teacher    {session.teacher}")
@@ -157,9 +157,11 @@ def _each_method(verb: str) -> Callable[[Any, argparse.Namespace], None]:
 
 
 def _run(session: Session, options: argparse.Namespace) -> None:
+    from rlexit.domain import Filming
+
     for verb in ("train", "distill", "calibrate", "evaluate"):
         WORK[verb](session, options)
-    for method in session.methods:
+    for method in session.methods if isinstance(session.domain, Filming) else ():
         if session.calibrated(method):  # a film needs an exit policy; without one there is still a grid to report
             stage = session.stage("video", method)
             if session.begin(stage):

@@ -1,4 +1,4 @@
-"""Distillation: early heads learn the frozen teacher's answers on data collected by acting with every exit."""
+"""Distillation: early heads learn a frozen backbone's answers, or labels, on data collected by acting with every exit."""
 
 from __future__ import annotations
 
@@ -105,28 +105,32 @@ class StaticStudent(Student):
 
 @dataclass
 class _Buffer:
-    """What was seen since the last update: features and teacher's answers, computed once."""
+    """What was seen since the last update: features and teacher's answers, computed once, and labels if there are any."""
 
     features: list[list[Tensor]]
     teacher: list[Tensor]
+    labels: list[Tensor]
 
     def clear(self) -> None:
-        self.features, self.teacher = [], []
+        self.features, self.teacher, self.labels = [], [], []
 
-    def joined(self) -> tuple[list[Tensor], Tensor]:
-        return [torch.cat(parts) for parts in zip(*self.features, strict=True)], torch.cat(self.teacher)
+    def joined(self) -> tuple[list[Tensor], Tensor, Tensor | None]:
+        features = [torch.cat(parts) for parts in zip(*self.features, strict=True)]
+        return features, torch.cat(self.teacher), torch.cat(self.labels) if self.labels else None
 
 
-def loss_of(config: DistillConfig) -> Callable[[Tensor, Tensor], Tensor]:
-    """The unreduced loss (B, K) of student answers (B, K, A) against teacher log-probabilities (B, A)."""
+def loss_of(config: DistillConfig) -> Callable[..., Tensor]:
+    """The unreduced loss (B, K) of student answers (B, K, A) against teacher log-probabilities (B, A) and labels (B,)."""
 
-    def loss(teacher: Tensor, student: Tensor) -> Tensor:
+    def loss(teacher: Tensor, student: Tensor, labels: Tensor | None = None) -> Tensor:
+        if config.label_weight == 1 and not config.reference:
+            return cross_entropy(teacher.argmax(dim=-1) if labels is None else labels, student)
         total = kl_divergence(teacher, student)
         if config.reference:
             total = total / student.shape[-1]
         if config.label_weight:
-            labels = cross_entropy(teacher.argmax(dim=-1), student)
-            total = (1 - config.label_weight) * total + config.label_weight * labels
+            wrong = cross_entropy(teacher.argmax(dim=-1) if labels is None else labels, student)
+            total = (1 - config.label_weight) * total + config.label_weight * wrong
         return total
 
     return loss
@@ -165,13 +169,18 @@ class Distiller:
         self.stop, self.progress = stop, progress
         self.generator = torch.Generator().manual_seed(seed)
         self.loss = loss_of(config)
-        self.buffer = _Buffer([], [])
+        self.buffer = _Buffer([], [], [])
         self.buffers = 0
         self.samples = 0
         self.newest = torch.empty(0)
         stages: dict[str, nn.Module] = {"heads": student.learners(), "ensemble": student.ensemble}
         self.optimizers = {
-            name: torch.optim.Adam(module.parameters(), lr=config.learning_rate, fused=True)
+            name: torch.optim.Adam(
+                module.parameters(),
+                lr=config.learning_rate,
+                weight_decay=config.weight_decay if name == "heads" else 0.0,
+                fused=True,
+            )
             for name, module in stages.items()
             if list(module.parameters())
         }
@@ -218,20 +227,22 @@ class Distiller:
     def _segment(self, log: RunLog) -> dict[str, float]:
         """Collects and learns until the next checkpoint; the fit of the ensembles is one segment."""
         facts: dict[str, float] = {}
-        cached: list[tuple[Tensor, Tensor]] = []
+        cached: list[tuple[Tensor, ...]] = []
         fitting = self._in_ensemble_stage and not self.config.reference
         for count in self.batches(self._act, self.buffers):
             in_heads = not self._in_ensemble_stage
-            features, teacher = self.buffer.joined()
+            features, teacher, labels = self.buffer.joined()
             self.buffer.clear()
             self.buffers += 1
             self.samples += count
             if fitting:
                 with torch.no_grad():
-                    self.newest = self.student.logits(features).log_softmax(dim=-1)
-                    cached.append((self.newest, teacher))
+                    self.newest = self._answers(features)
+                    cached.append(
+                        (self._ensembled(self.newest, teacher), teacher, *(() if labels is None else (labels,)))
+                    )
             else:
-                facts = self._update(features, teacher, in_heads)
+                facts = self._update(features, teacher, labels, in_heads)
             self._log(log, facts)
             self.progress(self.samples, self.total, facts)
             if self.samples >= self.total:
@@ -244,7 +255,7 @@ class Distiller:
                 raise Stopped
         self._show_margins(log)
         if fitting:
-            facts = self._fit(torch.cat([part for part, _ in cached]), torch.cat([part for _, part in cached]))
+            facts = self._fit(*(torch.cat(parts) for parts in zip(*cached, strict=True)))
             self._log(log, facts)
         return facts
 
@@ -263,16 +274,22 @@ class Distiller:
             log.scalar(f"distill/{tag}", value, self.samples)
 
     @torch.no_grad()
-    def _act(self, inputs: Any) -> Tensor:
-        """Answers of a uniformly drawn exit per row, the teacher among them, and remembers what was seen."""
-        features, teacher = self.student.observe(inputs)
+    def _act(self, inputs: Any, labels: Tensor | None = None) -> Tensor:
+        """Remembers what is seen; answers of a uniformly drawn exit per row, the teacher among them.
+
+        Where labels are known nobody acts, so no head is run and the answers are the teacher's.
+        """
+        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.config.frozen_precision == "bf16"):
+            features, teacher = self.student.observe(inputs)
+        teacher = teacher.float()
         self.buffer.features.append(features)
         self.buffer.teacher.append(teacher)
-        logits = self.student.logits(features)
+        if labels is not None:
+            self.buffer.labels.append(labels)
+            return teacher
+        early = self._answers(features)
         if self._in_ensemble_stage:
-            early = self.student.ensemble.combine_all(logits.log_softmax(dim=-1))
-        else:
-            early = logits.log_softmax(dim=-1)
+            early = self.student.ensemble.combine_all(self._ensembled(early, teacher))[:, : early.shape[1]]
         answers = torch.cat([early, teacher[:, None]], dim=1)
         rows = torch.arange(len(answers))
         drawn = torch.randint(answers.shape[1], (len(answers),), generator=self.generator).to(answers.device)
@@ -280,7 +297,20 @@ class Distiller:
             rows = torch.zeros_like(rows)
         return answers[rows, drawn]
 
-    def _update(self, features: list[Tensor], teacher: Tensor, in_heads: bool) -> dict[str, float]:
+    def _answers(self, features: list[Tensor]) -> Tensor:
+        """Log-probabilities of the early exits, in the precision that the features are kept in."""
+        lowered = self.config.frozen_precision == "bf16"
+        with torch.autocast(features[0].device.type, torch.bfloat16, enabled=lowered):
+            logits = self.student.logits(features)
+        return logits.float().log_softmax(dim=-1)
+
+    def _ensembled(self, early: Tensor, teacher: Tensor) -> Tensor:
+        """What the ensemble combines: the early exits, and the last one too if it has a place for it."""
+        return torch.cat([early, teacher[:, None]], dim=1) if self.student.ensemble.exits > early.shape[1] else early
+
+    def _update(
+        self, features: list[Tensor], teacher: Tensor, labels: Tensor | None, in_heads: bool
+    ) -> dict[str, float]:
         """Several passes over one buffer; returns the mean loss and agreement per exit before it was learnt from."""
         optimizer = self.optimizers["heads" if in_heads else "ensemble"]
         start = self.config.steps if not in_heads else 0
@@ -296,8 +326,8 @@ class Distiller:
                 answers = logits.float().log_softmax(dim=-1)
                 self.newest = answers.detach()
                 if not in_heads:
-                    answers = self.student.ensemble.combine_all(answers.detach())
-                losses = self.loss(teacher[index], answers)
+                    answers = self.student.ensemble.combine_all(self._ensembled(answers.detach(), teacher[index]))
+                losses = self.loss(teacher[index], answers, None if labels is None else labels[index])
                 optimizer.zero_grad(set_to_none=True)
                 losses.mean(dim=0).sum().backward()
                 optimizer.step()
@@ -306,23 +336,36 @@ class Distiller:
         losses, agreements = torch.cat(seen, dim=1).mean(dim=1)
         if not bool(torch.isfinite(losses).all()):
             raise Diverged(
-                f"`distill/kl` became {losses.tolist()} after {self.samples} samples. The last checkpoint is kept; "
-                "lower `distill.learning_rate` and start over with --force."
+                f"`distill/{self.curve}` became {losses.tolist()} after {self.samples} samples. The last checkpoint is "
+                "kept; lower `distill.learning_rate` and start over with --force."
             )
-        return _facts(losses, agreements)
+        return self._facts(losses, agreements)
 
-    def _fit(self, log_probabilities: Tensor, teacher: Tensor) -> dict[str, float]:
+    def _fit(self, log_probabilities: Tensor, teacher: Tensor, labels: Tensor | None = None) -> dict[str, float]:
         """Fits the ensembles on the cached log-probabilities."""
-        alone = self.loss(teacher, log_probabilities).mean(dim=0).tolist()
-        fitted = fit_ensemble(self.student.ensemble, log_probabilities, lambda answers: self.loss(teacher, answers))
+
+        def loss(answers: Tensor) -> Tensor:
+            return self.loss(teacher, answers, labels)
+
+        alone = loss(log_probabilities).mean(dim=0).tolist()
+        fitted = fit_ensemble(self.student.ensemble, log_probabilities, loss)
         with torch.no_grad():
             agree = agreement(teacher, self.student.ensemble.combine_all(log_probabilities)).mean(dim=0)
-        facts = _facts(torch.tensor(fitted), agree)
+        facts = self._facts(torch.tensor(fitted), agree)
         for exit, weights in enumerate(self.student.ensemble.weights()):
             facts |= {
                 f"ensemble_weight/exit{exit}/of{earlier}": value for earlier, value in enumerate(weights.tolist())
             }
-        return facts | {f"kl_without_ensemble/exit{exit}": value for exit, value in enumerate(alone)}
+        return facts | {f"{self.curve}_without_ensemble/exit{exit}": value for exit, value in enumerate(alone)}
+
+    @property
+    def curve(self) -> str:
+        """What the loss is called: with labels in it, it is no divergence."""
+        return "loss" if self.config.label_weight else "kl"
+
+    def _facts(self, losses: Tensor, agreements: Tensor) -> dict[str, float]:
+        facts = {f"{self.curve}/exit{exit}": value for exit, value in enumerate(losses.tolist())}
+        return facts | {f"agree/exit{exit}": value for exit, value in enumerate(agreements.tolist())}
 
     def _save(self) -> None:
         tensors = {f"learners.{key}": value for key, value in self.student.learners().state_dict().items()}
@@ -340,8 +383,3 @@ class Distiller:
         for name, optimizer in self.optimizers.items():
             checkpoint.unpack_optimizer(optimizer, f"optimizer_{name}", tensors)
         self.generator.set_state(tensors["random"])
-
-
-def _facts(losses: Tensor, agreements: Tensor) -> dict[str, float]:
-    facts = {f"kl/exit{exit}": value for exit, value in enumerate(losses.tolist())}
-    return facts | {f"agree/exit{exit}": value for exit, value in enumerate(agreements.tolist())}

@@ -16,7 +16,22 @@ from rlexit.network import StagedNetwork
 
 Split = Literal["calibration", "certification", "test"]
 Progress = Callable[[int, int, dict[str, float]], None]
-Act = Callable[[Any], Tensor]
+
+
+@runtime_checkable
+class Act(Protocol):
+    """What a domain calls on every sample that is to be learnt from."""
+
+    def __call__(self, inputs: Any, labels: Tensor | None = None) -> Tensor:
+        """Takes in a batch, and answers how to act on it.
+
+        Args:
+            inputs: (B, ...) raw inputs.
+            labels: (B,) what is right, where that is known; nobody acts then, and the answers are the teacher's.
+        Returns:
+            (B, A) log-probabilities.
+        """
+        ...
 
 
 @runtime_checkable
@@ -26,8 +41,7 @@ class Batches(Protocol):
     def __call__(self, act: Act, first: int) -> Iterator[int]:
         """Yields the number of samples of each buffer, starting afresh (new games) at buffer `first`.
 
-        `act` takes (B, ...) raw inputs and returns (B, A) log-probabilities to act on; it has to be called on every
-        sample that is to be learnt from. A fresh start must depend on `first` only, so that a resumed run is equal.
+        A fresh start must depend on `first` only, so that a resumed run is equal.
         """
         ...
 
@@ -120,12 +134,6 @@ class Domain(Protocol):
         """Plays (policy index, episode index) jobs on the seeds of a split; without a network, at random."""
         ...
 
-    def film(
-        self, network: StagedNetwork, policy: ExitPolicy, episode: int, steps: int, path_without_suffix: Path
-    ) -> list[Path]:
-        """Writes one test episode, or its first `steps` decisions, as animations: a WebP and a GIF, in this order."""
-        ...
-
     def blank(self, cascade: bool) -> StagedNetwork:
         """The network with exits, untrained; for counting, and to prove the config before any work is done."""
         ...
@@ -136,4 +144,15 @@ class Domain(Protocol):
 
     def protocol(self) -> dict[str, Any]:
         """What else a value depends on; stands in every row."""
+        ...
+
+
+@runtime_checkable
+class Filming(Protocol):
+    """What a domain has besides, if its episodes can be watched."""
+
+    def film(
+        self, network: StagedNetwork, policy: ExitPolicy, episode: int, steps: int, path_without_suffix: Path
+    ) -> list[Path]:
+        """Writes one test episode, or its first `steps` decisions, as animations: a WebP and a GIF, in this order."""
         ...

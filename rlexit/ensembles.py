@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 from rlexit.registry import Registry
 
@@ -73,6 +74,33 @@ class _Weighted(Ensemble):
         """exp(a_m) of every exit m, in shares of their sum."""
         return [weight.detach().softmax(dim=0) for weight in self.log_weights]
 
+    def _shares(self, exit: int) -> Float[Tensor, " so_far"]:
+        """Positive weights of the exits so far at one exit."""
+        return self.log_weights[exit].exp()
+
+    def _mixed(self, shares: Tensor, log_probabilities: Tensor, log_bias: Tensor) -> Tensor:
+        """Log-probabilities of one mixture (m,) or several (K, m) of (B, m, A)."""
+        raise TypeError(f"`{type(self).__name__}` must implement `_mixed`.")
+
+    def combine(self, log_probabilities: Float[Tensor, "batch exits outputs"]) -> Float[Tensor, "batch outputs"]:
+        """(B, m, A) to (B, A); a later exit than those fitted answers for itself."""
+        exit = log_probabilities.shape[1] - 1
+        if exit >= self.exits:
+            return log_probabilities[:, -1]
+        return self._mixed(self._shares(exit), log_probabilities, self.log_bias[exit])
+
+    def combine_all(
+        self, log_probabilities: Float[Tensor, "batch exits outputs"]
+    ) -> Float[Tensor, "batch exits outputs"]:
+        """Answers at every exit, (B, K, A): all exits in one product with a triangle of weights, for many exits' fits."""
+        count = min(log_probabilities.shape[1], self.exits)
+        if not count:
+            return log_probabilities
+        shares = torch.stack([functional.pad(self._shares(exit), (0, count - 1 - exit)) for exit in range(count)])
+        bias = torch.stack([self.log_bias[exit] for exit in range(count)])
+        mixed = self._mixed(shares, log_probabilities[:, :count], bias)
+        return torch.cat([mixed, log_probabilities[:, count:]], dim=1)
+
 
 @ensembles.register("geometric")
 class GeometricEnsemble(_Weighted):
@@ -83,13 +111,11 @@ class GeometricEnsemble(_Weighted):
     Source: Wolczyk et al. 2021, arXiv 2106.05409, eq. 3; weights as in its code (mean over exits, exp keeps them positive).
     """
 
-    def combine(self, log_probabilities: Float[Tensor, "batch exits outputs"]) -> Float[Tensor, "batch outputs"]:
-        """(B, m, A) to (B, A); a later exit than those fitted answers for itself."""
-        exit = log_probabilities.shape[1] - 1
-        if exit >= self.exits:
-            return log_probabilities[:, -1]
-        weights = self.log_weights[exit].exp() / (exit + 1)
-        return (torch.matmul(weights, log_probabilities) + self.log_bias[exit]).log_softmax(dim=-1)
+    def _shares(self, exit: int) -> Float[Tensor, " so_far"]:
+        return super()._shares(exit) / (exit + 1)
+
+    def _mixed(self, shares: Tensor, log_probabilities: Tensor, log_bias: Tensor) -> Tensor:
+        return (torch.matmul(shares, log_probabilities) + log_bias).log_softmax(dim=-1)
 
 
 @ensembles.register("additive")
@@ -101,13 +127,8 @@ class AdditiveEnsemble(_Weighted):
     Source: Wolczyk et al. 2021, arXiv 2106.05409, supplement B.2.
     """
 
-    def combine(self, log_probabilities: Float[Tensor, "batch exits outputs"]) -> Float[Tensor, "batch outputs"]:
-        """(B, m, A) to (B, A); a later exit than those fitted answers for itself."""
-        exit = log_probabilities.shape[1] - 1
-        if exit >= self.exits:
-            return log_probabilities[:, -1]
-        sums = torch.matmul(self.log_weights[exit].exp(), log_probabilities.exp())
-        sums = sums + self.log_bias[exit].exp()
+    def _mixed(self, shares: Tensor, log_probabilities: Tensor, log_bias: Tensor) -> Tensor:
+        sums = torch.matmul(shares, log_probabilities.exp()) + log_bias.exp()
         floored = sums / sums.sum(dim=-1, keepdim=True) + ADDITIVE_FLOOR
         return (floored / floored.sum(dim=-1, keepdim=True)).log()
 

@@ -82,7 +82,7 @@ class CascadeInput(nn.Module):
 
 @heads.register("pooled_conv")
 class PooledConvHead(Head):
-    """3x3 convolution, ReLU, SDN pooling, one linear layer; the head of Zero Time Waste's policies.
+    """3x3 convolution, ReLU, SDN pooling, one linear layer; the head of Zero Time Waste.
 
     Args:
         shape: (C, H, W) of the features.
@@ -99,14 +99,19 @@ class PooledConvHead(Head):
             raise ValueError(f"`head.kind` pooled_conv must read a (C, H, W) map, got shape {shape}. Use linear there.")
         channels, height, width = shape
         self.reads_previous = reads_previous
-        if config.stride and min(height, width) < 3:
+        if config.stride and min(height, width) + 2 * config.padding < 3:
             raise ValueError(f"`head.stride` must be 0 on a map smaller than 3 x 3, got {config.stride} on {shape}.")
         if config.stride:
-            self.conv: nn.Module = nn.Conv2d(channels, channels, 3, stride=config.stride)
-            height, width = ((side - 3) // config.stride + 1 for side in (height, width))
+            mixed = max(round(config.channels * channels), 1)
+            self.conv: nn.Module = nn.Conv2d(channels, mixed, 3, stride=config.stride, padding=config.padding)
+            height, width = ((side + 2 * config.padding - 3) // config.stride + 1 for side in (height, width))
+            channels = mixed
         else:
             self.conv = nn.Identity()
         self.map_shape = (height, width)
+        self.padding = config.padding
+        # Patches of a convolution that hardly strides overlap: they would be several times the map.
+        self.keeps_patches = config.stride >= 3
         side = config.pool if config.upsample else min(config.pool, height, width)
         self.pool = SDNPool(side)
         self.cascade = CascadeInput(outputs, config.layer_norm, config.stop_gradient) if reads_previous else None
@@ -117,15 +122,16 @@ class PooledConvHead(Head):
         return self._finish(self.conv(features), previous)
 
     def gather(self, features: Tensor) -> Tensor:
-        """(B, positions, 9 C): the patches that the convolution reads. A stride of 4 makes them smaller than the map."""
-        if not isinstance(self.conv, nn.Conv2d):
+        """(B, positions, 9 C): the patches that the convolution reads, where they are no larger than the map."""
+        if not (self.keeps_patches and isinstance(self.conv, nn.Conv2d)):
             return features
-        return functional.unfold(features, 3, stride=self.conv.stride).transpose(1, 2).contiguous()
+        patches = functional.unfold(features, 3, padding=self.padding, stride=self.conv.stride)
+        return patches.transpose(1, 2).contiguous()
 
     def from_gathered(self, gathered: Tensor, previous: Tensor | None = None) -> Tensor:
         """Logits from patches: one matrix product, 3 times as fast as the strided convolution when training on a CPU."""
-        if not isinstance(self.conv, nn.Conv2d):
-            return self(gathered, previous)
+        if not (self.keeps_patches and isinstance(self.conv, nn.Conv2d)):
+            return self._finish(self.conv(gathered), previous)
         mixed = functional.linear(gathered, self.conv.weight.flatten(1), self.conv.bias).transpose(1, 2)
         return self._finish(mixed.unflatten(2, self.map_shape), previous)
 

@@ -48,7 +48,7 @@ RULE_LINES = ("-", "--", ":", "-.")
 METRIC_LABELS = {"score": "score per episode (unclipped)", "accuracy": "accuracy (share of rows)"}
 CURVES = (  # tags, label of the vertical and of the horizontal axis, name of a curve from the tag's group
     (re.compile(r"(rollout/ep_rew_mean|eval/return_mean)$"), "score per episode", "env steps", "{}"),
-    (re.compile(r"distill/kl/exit(\d+)$"), "KL to the teacher (nats)", "training steps", "exit {}"),
+    (re.compile(r"distill/(?:kl|loss)/exit(\d+)$"), "KL or loss (nats)", "training steps", "exit {}"),
     (re.compile(r"distill/agree/exit(\d+)$"), "same action as the teacher (share)", "training steps", "exit {}"),
 )
 STYLE: dict[str, Any] = {

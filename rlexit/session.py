@@ -70,7 +70,7 @@ class Session:
         """A stage with everything that its result depends on."""
         config = jsonable(dataclasses.asdict(self.domain.config))
         if name == "train":
-            settings = self.settings("domain", "env", "data", "teacher", "train")
+            settings = self.settings("domain", "env", "data", "backbone", "teacher", "train")
             return Stage(
                 self.teacher, name, settings, config, ("state*", "teacher*", "scalars.csv", "tb", "certification")
             )

@@ -17,7 +17,7 @@ from rlexit import calibrate as calibration
 from rlexit.config import METHODS
 from rlexit.costs import cost_table, parameters
 from rlexit.distill import Distiller, ExitStudent, StaticStudent
-from rlexit.domain import Watch
+from rlexit.domain import Filming, Watch
 from rlexit.ensembles import ensembles
 from rlexit.evaluate import Subject, evaluate, exit_costs, latencies, method_name
 from rlexit.exit_policy import ExitPolicy
@@ -150,6 +150,8 @@ def _candidates(
     """Plays a grid of thresholds, the teacher and a random actor on calibration episodes."""
     settings = session.domain.config.calibrate
     full = scores.costs.full
+    # Not the method's own network: its ensemble may have a say in the last exit too.
+    whole = session.domain.network(session.teacher, False, "none")
     grid = calibration.threshold_grid(scores, settings.candidates)
     tried = (calibration.shared_policy(settings.rule, threshold, network.exits) for threshold in grid)
     # Rows are told apart by labels, which have six digits.
@@ -157,12 +159,14 @@ def _candidates(
     # What is played of the teacher and at random does not depend on the method: once is enough for all of them.
     shared = session.teacher / "certification" / session.domain.config.evaluate.actions
     played: dict[str, list[Any]] = {}
-    for subject, folder in (
+    subjects = [
         (Subject(method, session.seed, network, policies, full), session.method(method) / "calibration"),
-        (Subject("teacher", 0, network, [ExitPolicy.full(network.exits)], full), shared),
-        (Subject("random", 0, None, [ExitPolicy.full(2)], full), shared),
-    ):
-        with session.watch("certify", "games") as watch:
+        (Subject("teacher", 0, whole, [ExitPolicy.full(whole.exits)], full), shared),
+    ]
+    if session.domain.metric == "score":  # an accuracy has its floor at 0, not at chance
+        subjects.append((Subject("random", 0, None, [ExitPolicy.full(2)], full), shared))
+    for subject, folder in subjects:
+        with session.watch("certify", "episodes") as watch:
             path = folder / f"{subject.method}.csv"
             rows = evaluate(session.domain, subject, settings.episodes, "certification", path, None, watch)
             played[subject.method] = [row for row in rows if row.episode < settings.episodes]
@@ -174,8 +178,8 @@ def _candidates(
         macs = sum(costs) / len(costs) / full
         candidates.append(calibration.Candidate(policy, [row.value for row in mine], macs))
     teacher = [row.value for row in played["teacher"]]
-    random = [row.value for row in played["random"]]
-    return candidates, teacher, sum(random) / len(random)
+    random = [row.value for row in played.get("random", ())]
+    return candidates, teacher, sum(random) / len(random) if random else 0.0
 
 
 def evaluate_teacher(session: Session) -> None:
@@ -192,7 +196,7 @@ def evaluate_teacher(session: Session) -> None:
     episodes = session.domain.config.evaluate.episodes
     folder = session.teacher / "eval"
     for player in (subject, blind):
-        with session.watch(player.method, "games") as watch:
+        with session.watch(player.method, "episodes") as watch:
             evaluate(session.domain, player, episodes, "test", folder / "episodes.csv", None, watch)
     _measure_latency(session, subject, folder)
     _show(session, folder, 0)
@@ -221,7 +225,7 @@ def evaluate_method(session: Session, method: str) -> None:
         subject = Subject(method, session.seed, network, policies, full)
         if not name:
             _print_costs(session, network)
-        with session.watch(f"evaluate {method}", "games") as watch:
+        with session.watch(f"evaluate {method}", "episodes") as watch:
             evaluate(session.domain, subject, settings.episodes, "test", path, folder / "eval", watch)
         _measure_latency(session, subject, folder / "eval")
     _show(session, folder / "eval", session.domain.config.distill.steps)
@@ -296,7 +300,10 @@ def video(session: Session, method: str, episode: int, label: str | None, steps:
     Raises:
         CheckpointError: no exit policy is calibrated.
         LookupError: none of that label is.
+        ValueError: the domain has nothing to film.
     """
+    if not isinstance(session.domain, Filming):
+        raise ValueError(f"`video` must be of episodes, got {session.domain.task}, which has none. Use the report.")
     folder = session.method(method)
     policy = calibrated_policy(session, method, label)
     network = load_network(session, method)[""]

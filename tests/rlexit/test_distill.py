@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -308,6 +309,90 @@ def test_a_loss_that_is_not_a_number_is_an_error_and_the_saved_state_stays(tmp_p
     assert facts == {"buffers": 4, "samples": 4 * BUFFER}
     assert all(bool(torch.isfinite(value).all()) for value in tensors.values() if value.is_floating_point())
     assert_same_run(ends(tmp_path), calm)
+
+
+# ---- labels, and a last exit that is combined too ----
+
+
+class Pictures:
+    """Pictures with labels that the teacher would never give: whether the upper or the lower half is brighter."""
+
+    def __init__(self) -> None:
+        self.told: list[Tensor] = []
+
+    def __call__(self, act: Act, first: int) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(first)
+        while True:
+            labels = torch.randint(0, 2, (BUFFER,), generator=generator)
+            pictures = torch.randint(0, 100, (BUFFER, 1, 6, 6), generator=generator, dtype=torch.uint8)
+            for row, label in enumerate(labels.tolist()):
+                pictures[row, :, 3 * label : 3 * label + 3] += 100
+            self.told.append(act(pictures, labels))
+            yield BUFFER
+
+
+LABELLED = replace(CONFIG, label_weight=1.0, checkpoint_buffers=100)
+
+
+def test_labels_are_learnt_where_they_are_given_and_nobody_acts(tmp_path):
+    student, world = ExitStudent(network(ensemble=False)), Pictures()
+    with watched(student.network) as work:
+        curves = distiller(tmp_path, student, world, LABELLED).run()
+    assert curves["loss/exit0"] < 0.3  # two labels at chance: 0.69; no teacher would bring it below
+    # To act no head is run: once per sample and epoch, to learn.
+    assert work.rows["heads.first"] == 2 * HEADS * BUFFER
+    last = student.network.head(2)
+    assert torch.equal(world.told[0], last(student.network.taps(images_of(0))[-1]).log_softmax(dim=-1))
+
+
+def images_of(first: int) -> Tensor:
+    found: list[Tensor] = []
+
+    def see(inputs: Tensor, labels: Tensor | None = None) -> Tensor:
+        found.append(inputs)
+        return inputs
+
+    next(Pictures()(see, first))
+    return found[0]
+
+
+def test_the_loss_takes_the_label_in_place_of_the_teacher_s_choice():
+    teacher, student = torch.tensor([[0.5, 0.25, 0.25]]).log(), torch.tensor([[[0.25, 0.5, 0.25]]]).log()
+    labels = torch.tensor([1])
+    assert loss_of(DistillConfig(label_weight=1.0))(teacher, student, labels).item() == pytest.approx(math.log(2))
+    mixed = loss_of(DistillConfig(label_weight=0.25))(teacher, student, labels).item()
+    assert mixed == pytest.approx(0.75 * 0.25 * math.log(2) + 0.25 * math.log(2))
+
+
+def test_an_ensemble_with_a_place_for_the_last_exit_is_fitted_there_too(tmp_path):
+    made = network(ensemble=False)
+    made.ensemble = GeometricEnsemble(3, ACTIONS)
+    before = [parameter.clone() for parameter in made.ensemble.log_weights]
+    curves = distiller(tmp_path, ExitStudent(made), Pictures(), LABELLED).run()
+    assert {"loss/exit2", "loss_without_ensemble/exit2", "agree/exit2"} < curves.keys()
+    assert curves["loss/exit2"] <= curves["loss/exit1"] + 1e-3  # one more opinion does no harm
+    for old, new in zip(before, made.ensemble.log_weights, strict=True):
+        assert not torch.allclose(old, new)
+
+
+def test_weights_decay_in_heads_and_not_in_ensembles(tmp_path):
+    optimizers = distiller(tmp_path, config=replace(CONFIG, weight_decay=0.01)).optimizers
+    decays = {name: optimizer.param_groups[0]["weight_decay"] for name, optimizer in optimizers.items()}
+    assert decays == {"heads": 0.01, "ensemble": 0.0}
+
+
+def test_features_are_kept_in_the_precision_of_the_frozen_backbone(tmp_path):
+    config = replace(LABELLED, frozen_precision="bf16")
+    run = distiller(tmp_path, world=Pictures(), config=config)
+    run._act(images_of(0), torch.zeros(BUFFER, dtype=torch.int64))
+    features, teacher, labels = run.buffer.joined()
+    assert {feature.dtype for feature in features} == {torch.bfloat16}
+    assert teacher.dtype == torch.float32
+    assert labels is not None
+    run.buffer.clear()
+    assert run.run()["loss/exit0"] < 0.5
+    with pytest.raises(ValueError, match="`distill.frozen_precision` must be fp32 where distill.precision is, got 'bf16'"):
+        replace(config, precision="fp32")
 
 
 # ---- parts ----

@@ -667,6 +667,13 @@ def test_film_and_curve_of_an_episode_lie_in_the_folder_of_the_method(copy):
     assert b"target_macs=0.8 1 9" in path.read_bytes()
 
 
+def test_a_domain_without_episodes_has_nothing_to_film(copy, monkeypatch):
+    monkeypatch.delattr(toy.ToyDomain, "film")
+    assert isinstance(session(copy).domain, Domain)
+    with pytest.raises(ValueError, match="`video` must be of episodes, got alpha, which has none"):
+        verbs.video(session(copy), "ztw", 1, None, 9)
+
+
 def test_a_seed_changes_the_exits_and_nothing_else(tmp_path):
     config = replace(SMALL, methods=("sdn",))
     verbs.train(session(tmp_path, config))

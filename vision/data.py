@@ -1,0 +1,335 @@
+"""Images as tensors: a data set is read through `datasets`, decoded once to uint8, and split by rules that never vary."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from vision.config import DataConfig
+
+# Image and label columns of a kind, and the mean and deviation of its channels that published weights expect.
+COLUMNS = {"cifar10": ("img", "label"), "cifar100": ("img", "fine_label"), "images": ("image", "label")}
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+NORMALISATION = {
+    "cifar10": IMAGENET,
+    "cifar100": ((0.507, 0.487, 0.441), (0.267, 0.256, 0.276)),
+    "images": IMAGENET,
+    "toy": ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
+}
+TEST_NAMES = ("test", "validation", "valid", "val")
+# CIFAR-10's airplane, automobile, horse, ship and truck are transport; the horse too, as in Zero Time Waste's supplement.
+CIFAR2 = {"names": ("animals", "transport"), "classes": (1, 1, 0, 0, 0, 0, 0, 1, 1, 1)}
+MAX_BYTES = 6 << 30
+DECODED_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class Images:
+    """Some images in memory.
+
+    Args:
+        pixels: (N, 3, H, W) uint8.
+        labels: (N,) int64 class indices.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def take(self, index: np.ndarray) -> Images:
+        """The images of these indices."""
+        where = torch.from_numpy(index)
+        return Images(self.pixels[where], self.labels[where])
+
+
+class DataSet:
+    """One data set with its splits; each half is read when it is first asked for.
+
+    Args:
+        config: which, and how it is split.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+
+    @cached_property
+    def _found(self) -> Any:
+        return None if self.config.kind == "toy" else _open(self.config)
+
+    @cached_property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, after relabelling."""
+        if self.config.relabel:
+            return CIFAR2["names"]  # type: ignore[return-value]
+        return self._names
+
+    @cached_property
+    def _names(self) -> tuple[str, ...]:
+        if self._found is None:
+            return tuple(f"class {index}" for index in range(self.config.toy_classes))
+        rows = self._found[0]
+        feature = rows.features[COLUMNS[self.config.kind][1]]
+        if hasattr(feature, "names"):
+            return tuple(feature.names)
+        labels = np.asarray(rows.with_format("numpy")[COLUMNS[self.config.kind][1]][:])
+        return tuple(str(index) for index in range(int(labels.max()) + 1))
+
+    @cached_property
+    def _train(self) -> Images:
+        return self._read(0)
+
+    @cached_property
+    def _test(self) -> Images:
+        return self._read(1)
+
+    def _read(self, split: int) -> Images:
+        if self._found is None:
+            return toy_images(self.config, split)
+        images = decode(self._found[split], self.config, len(self._names), f"{('train', 'test')[split]} split")
+        if self.config.relabel:
+            return Images(images.pixels, torch.tensor(CIFAR2["classes"])[images.labels])
+        return images
+
+    @cached_property
+    def side(self) -> int:
+        """H and W."""
+        return self._test.pixels.shape[-1]
+
+    @cached_property
+    def normalisation(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation of the channels, of pixels in [0, 1]."""
+        return NORMALISATION[self.config.kind]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hex digits that tell test sets apart."""
+        digest = hashlib.sha256(self._test.pixels.numpy().tobytes())
+        digest.update(self._test.labels.numpy().tobytes())
+        return digest.hexdigest()[:12]
+
+    @cached_property
+    def train(self) -> Images:
+        """What trains: never a held-out image; thinned if a long tail is asked for."""
+        images = self._train
+        if self.config.holdout:
+            images = images.take(self._held_out[1])
+        return images if self.config.long_tail == 1 else images.take(self._tail(images.labels.numpy()))
+
+    @cached_property
+    def _held_out(self) -> tuple[np.ndarray, np.ndarray]:
+        share = self.config.holdout
+        source, split = (self._train, "train") if share else (self._test, "test")
+        return deal(source.labels.numpy(), share or 0.5, self.classes, split)
+
+    @cached_property
+    def _thresholds(self) -> tuple[Images, Images]:
+        held, rest = self._held_out
+        if not self.config.holdout and self.config.half == 0:
+            held, rest = rest, held
+        source = self._train if self.config.holdout else self._test
+        own = deal(source.labels.numpy()[held], 0.5, self.classes, "held-out")
+        return source.take(held[own[0]]), source.take(held[own[1]])
+
+    def evaluated(self, split: str) -> Images:
+        """Images of `calibration`, `certification` (both held out, apart from each other) or `test`."""
+        if split == "calibration":
+            return self._thresholds[0]
+        if split == "certification":
+            return self._thresholds[1]
+        if self.config.holdout:
+            return self._test
+        return self._test.take(self._held_out[self.config.half])
+
+    def _tail(self, labels: np.ndarray) -> np.ndarray:
+        """Indices that leave n_max * long_tail ** (-c / (C - 1)) images of class c, one at least.
+
+        Source: Cui et al. 2019, arXiv 1901.05555, section 4.1.
+        """
+        counts = np.bincount(labels, minlength=len(self.classes))
+        steps = np.arange(len(counts)) / max(len(counts) - 1, 1)
+        wanted = np.maximum((counts.max() * self.config.long_tail**-steps).astype(np.int64), 1)
+        kept = [np.flatnonzero(labels == index)[: wanted[index]] for index in range(len(counts))]
+        return np.sort(np.concatenate(kept))
+
+
+def deal(labels: np.ndarray, share: float, classes: tuple[str, ...], split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Splits row indices in two, class by class and the same way every time.
+
+    Args:
+        labels: (N,) class indices.
+        share: of every class that goes to the first part.
+        classes: their names.
+        split: what is split, for the error.
+    Returns:
+        Indices of the first part and of the rest, each rising.
+    Raises:
+        ValueError: a class would be absent from one of the parts.
+    """
+    generator = np.random.default_rng(0)
+    first: list[np.ndarray] = []
+    for index, name in enumerate(classes):
+        mine = generator.permutation(np.flatnonzero(labels == index))
+        count = round(share * len(mine))
+        if not 0 < count < len(mine):
+            raise ValueError(
+                f"`data.holdout` must leave images of every class on both sides of the split, got {count} of the "
+                f"{len(mine)} of class {name!r} in the {split} images. Choose another share, or more data."
+            )
+        first.append(mine[:count])
+    chosen = np.sort(np.concatenate(first))
+    rest = np.ones(len(labels), dtype=bool)
+    rest[chosen] = False
+    return chosen, np.flatnonzero(rest)
+
+
+def toy_images(config: DataConfig, split: int) -> Images:
+    """Classes are coarse patterns, more or less faint in noise, so that some images are easy and others are not."""
+    patterns = np.random.default_rng(7).normal(size=(config.toy_classes, 3, 4, 4))
+    generator = np.random.default_rng([11, split])
+    # Every class is met equally often.
+    labels = generator.permutation(np.arange(config.toy_rows) % config.toy_classes)
+    scale = -(-config.toy_side // 4)
+    large = patterns.repeat(scale, axis=2).repeat(scale, axis=3)[:, :, : config.toy_side, : config.toy_side]
+    strength = generator.uniform(0.05, 0.4, size=(config.toy_rows, 1, 1, 1))
+    noise = generator.normal(scale=0.2, size=(config.toy_rows, 3, config.toy_side, config.toy_side))
+    pixels = np.clip(255 * (0.5 + strength * large[labels] + noise), 0, 255).astype(np.uint8)
+    return Images(torch.from_numpy(pixels), torch.from_numpy(labels.astype(np.int64)))
+
+
+def _open(config: DataConfig) -> tuple[Any, Any]:
+    """Training and test rows, undecoded."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("`vision` needs datasets: pip install 'rlexit[vision]'.") from error
+    if not config.path:
+        raise ValueError("`data.path` must be a folder or a hub id, got none. Say --data PATH.")
+    if Path(config.path).is_dir() and not any(path.is_file() for path in Path(config.path).rglob("*")):
+        raise FileNotFoundError(f"`data.path` must hold images or parquet files, got the empty folder {config.path!r}.")
+    datasets.disable_progress_bars()
+    try:
+        found = datasets.load_dataset(config.path)
+    except Exception as error:  # its errors have no common ancestor, and many causes
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"`data.path` must be a data set that `datasets` reads, got {config.path!r}: {reason}"
+        ) from error
+    test = next((name for name in TEST_NAMES if name in found), None)
+    if "train" not in found or test is None:
+        raise ValueError(
+            f"`data.path` must have the splits train and {' or '.join(TEST_NAMES)}, got {', '.join(found)} "
+            f"in {config.path!r}."
+        )
+    for column in COLUMNS[config.kind]:
+        for name in ("train", test):
+            if column not in found[name].features:
+                columns = ", ".join(found[name].features)
+                raise ValueError(
+                    f"`data.kind` {config.kind} must have the column {column!r}, got {columns} in the {name} split of "
+                    f"{config.path!r}. Choose another kind, or rename the column."
+                )
+    raw = datasets.Image(decode=False)
+    image = COLUMNS[config.kind][0]
+    try:
+        return found["train"].cast_column(image, raw), found[test].cast_column(image, raw)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"`{image}` in {config.path!r} must be a column of images, got {found[test].features[image]}."
+        ) from (error)
+
+
+def decode(rows: Any, config: DataConfig, classes: int, where: str) -> Images:
+    """Decodes every image of a split once.
+
+    Args:
+        rows: of `datasets`, with undecoded images.
+        config: names the columns, and the side.
+        classes: number of classes of the labels as they are stored.
+        where: what the error calls the split.
+    Raises:
+        ValueError: a row is corrupt, grey, of another size or out of the classes' range; the message names it.
+    """
+    image, label = COLUMNS[config.kind]
+    if not len(rows):
+        raise ValueError(f"`data.path` must hold images, got none in the {where} of {config.path!r}.")
+    pixels = np.empty(0, dtype=np.uint8)
+    labels = torch.empty(len(rows), dtype=torch.int64)
+    formats: list[str] = []
+    for row, (stored, index) in enumerate(_cells(rows, image, label)):
+        place = f"row {row} of the {where} of {config.path!r}"
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < classes:
+            raise ValueError(f"`{label}` in {place} must be in 0..{classes - 1}, got {index!r}.")
+        array = _pixels(stored, config.side, formats, place)
+        if row == 0:
+            total = len(rows) * array.size
+            if total > MAX_BYTES:
+                raise ValueError(
+                    f"`data.path` must fit into {MAX_BYTES >> 30} GB when decoded, got {total >> 30} GB in the {where}. "
+                    "Set a smaller `data.side`."
+                )
+            pixels = np.empty((len(rows), *array.shape), dtype=np.uint8)
+        if array.shape != pixels.shape[1:]:
+            sizes = [f"{shape[2]} x {shape[1]}" for shape in (pixels.shape[1:], array.shape)]
+            raise ValueError(f"`{image}` in {place} must be {sizes[0]} as the first, got {sizes[1]}. Set `data.side`.")
+        pixels[row] = array
+        labels[row] = index
+    return Images(torch.from_numpy(pixels), labels)
+
+
+def _cells(rows: Any, image: str, label: str) -> Iterator[tuple[Any, Any]]:
+    for batch in rows.iter(batch_size=DECODED_AT_ONCE):
+        yield from zip(batch[image], batch[label], strict=True)
+
+
+def _pixels(stored: Any, side: int, formats: list[str], place: str) -> np.ndarray:
+    """(3, H, W) uint8 of one stored image; H = W. `formats` remembers what was met: trying all takes half of the time."""
+    path = (stored or {}).get("path")
+    if path and (stored or {}).get("bytes") is None:
+        place = f"{place} ({path})"
+    try:
+        with _opened(io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else path, formats) as picture:
+            picture.load()
+            mode = picture.mode
+            if mode != "RGB":
+                raise ValueError(f"`data.path` must hold RGB images, got mode {mode} in {place}. Convert them.")
+            if side:
+                picture = _fitted(picture, side)
+            array = np.asarray(picture, dtype=np.uint8).transpose(2, 0, 1)
+    except (OSError, SyntaxError, KeyError, TypeError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+        raise ValueError(f"`data.path` must hold images that decode, got a corrupt one in {place}: {error}.") from error
+    if array.shape[1] != array.shape[2]:
+        size = f"{array.shape[2]} x {array.shape[1]}"
+        raise ValueError(f"`data.path` must hold square images, got {size} in {place}. Set `data.side`.")
+    return array
+
+
+def _opened(source: Any, formats: list[str]) -> Image.Image:
+    if formats:
+        try:
+            return Image.open(source, formats=formats)
+        except UnidentifiedImageError:
+            pass  # of another format, or of none
+    picture = Image.open(source)
+    formats[:] = [picture.format or ""]
+    return picture
+
+
+def _fitted(picture: Image.Image, side: int) -> Image.Image:
+    """Resized so that the shorter side fits, and cut around the middle."""
+    scale = side / min(picture.size)
+    width, height = (max(round(length * scale), side) for length in picture.size)
+    resized = picture.resize((width, height), Image.Resampling.BICUBIC) if scale != 1 else picture
+    left, top = (width - side) // 2, (height - side) // 2
+    return resized.crop((left, top, left + side, top + side))

@@ -1,0 +1,247 @@
+"""Image classifiers as a domain: what the verbs of rlexit need to know about images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rlexit import checkpoint
+from rlexit.domain import Act, Batches, Played, Split, Watch
+from rlexit.ensembles import Ensemble, ensembles
+from rlexit.exit_policy import ExitPolicy, threshold_rows
+from rlexit.network import StagedNetwork
+from rlexit.runtime import replay, run
+from vision import train
+from vision.batches import Stream
+from vision.config import BackboneConfig, NetworkConfig, VisionConfig
+from vision.data import DataSet, Images
+from vision.importers import read_weights
+from vision.network import Classifier, classifier, load_weights, weights
+
+# Settings of the data set that a teacher is bound to; where it lies is not among them, what is in it is.
+BOUND = ("kind", "side", "holdout", "half", "long_tail", "relabel")
+
+
+class VisionDomain:
+    """One data set and backbone with their config; implements `rlexit.domain.Domain`."""
+
+    metric = "accuracy"
+
+    def __init__(self, config: VisionConfig) -> None:
+        self.config = config
+        self.data = DataSet(config.data)
+        depth = config.backbone.depth or ""
+        self.task = f"{config.data.relabel or config.data.kind}-{config.backbone.name}{depth}"
+
+    @cached_property
+    def _protocol(self) -> dict[str, Any]:
+        held_out = self.config.data.holdout
+        return {
+            "data": self.config.data.relabel or self.config.data.kind,
+            "test_images": len(self.data.evaluated("test")),
+            "test_sha256": self.data.fingerprint,
+            "classes": len(self.data.classes),
+            "side": self.data.side,
+            "long_tail": self.config.data.long_tail,
+            "backbone": asdict(self.config.backbone),
+            "thresholds_from": f"{held_out:g} of the training images"
+            if held_out
+            else "the other half of the test images",
+            "torch": torch.__version__,
+        }
+
+    def protocol(self) -> dict[str, Any]:
+        """The protocol block of every row."""
+        return self._protocol
+
+    def _classifier(
+        self,
+        backbone: BackboneConfig | None = None,
+        network: NetworkConfig | None = None,
+        cascade: bool = False,
+        ensemble: type[Ensemble] | None = None,
+    ) -> Classifier:
+        sizes = len(self.data.classes), self.data.side, self.data.normalisation
+        config = backbone or self.config.backbone
+        return classifier(config, *sizes, network, self.config.head, cascade, ensemble)
+
+    def _facts(self) -> dict[str, Any]:
+        data = asdict(self.config.data)
+        return {
+            "backbone": asdict(self.config.backbone),
+            "data": {name: data[name] for name in BOUND},
+            "classes": list(self.data.classes),
+        }
+
+    def train(self, folder: Path, seed: int, watch: Watch) -> None:
+        """Trains the backbone by SGD, or takes the given weights."""
+        if self.config.teacher != "train":
+            self.adopt(Path(self.config.teacher).expanduser(), folder)
+            return
+        settings = self.config.train
+        torch.manual_seed(seed)
+        stream = Stream(self.data.train, self.config.data, settings.batch_size, seed, least=2)
+        held_out = self.data.evaluated("calibration")
+        train.train(folder, self._classifier(), stream, held_out, settings, seed, self._facts(), watch)
+
+    def accept(self, folder: Path) -> None:
+        """Refuses a teacher of another backbone, of other classes or of another split."""
+        tensors, facts = checkpoint.load(folder, train.TEACHER)
+        ours = self._facts()
+        for section in ("backbone", "data"):
+            theirs = dict(facts.get(section) or {})
+            for name, value in ours[section].items():
+                if theirs.get(name) != value:
+                    raise checkpoint.CheckpointError(
+                        f"`{folder}` holds a teacher whose {section}.{name} is {theirs.get(name)!r}, the config says "
+                        f"{value!r}. Use the config that it was made with, or another --out."
+                    )
+        if facts.get("classes") != ours["classes"]:
+            raise checkpoint.CheckpointError(
+                f"`{folder}` holds a teacher of {len(facts.get('classes') or ())} other classes than the "
+                f"{len(ours['classes'])} of `data.path`. Use the data that it was trained on, or another --out."
+            )
+        load_weights(self._classifier(), tensors, f"`{folder}`")
+
+    def network(self, teacher: Path, cascade: bool, ensemble: str) -> StagedNetwork:
+        """The frozen classifier with fresh early heads; its own exit takes part in the ensemble."""
+        network = self._classifier(None, self.config.network, cascade, ensembles[ensemble])
+        load_weights(network, checkpoint.load(teacher, train.TEACHER)[0], f"`{teacher}`")
+        return network.eval()
+
+    def static_networks(self, teacher: Path) -> dict[str, StagedNetwork]:
+        """The same backbone with fewer channels."""
+        own = self.config.backbone
+        widths = self.config.distill.static_widths
+        return {f"width {width:g}": self._classifier(replace(own, width=width * own.width)) for width in widths}
+
+    def example(self) -> Tensor:
+        """(1, 3, H, W) uint8."""
+        return torch.zeros((1, 3, self.data.side, self.data.side), dtype=torch.uint8)
+
+    def blank(self, cascade: bool) -> StagedNetwork:
+        """The network with exits, untrained; for counting."""
+        return self._classifier(None, self.config.network, cascade).eval()
+
+    def adopt(self, path: Path, folder: Path) -> None:
+        """Makes given weights the teacher."""
+        network = self._classifier()
+        load_weights(network, read_weights(path), f"`{path}`")
+        checkpoint.save(folder, train.TEACHER, weights(network), {**self._facts(), "source": path.name})
+
+    def batches(self, seed: int) -> Batches:
+        """Training images, shuffled and varied, with their labels."""
+        settings = self.config.collect
+
+        def collect(act: Act, first: int) -> Iterator[int]:
+            stream = Stream(self.data.train, self.config.data, settings.batch, seed)
+            index = first * settings.batches
+            while True:
+                seen = 0
+                for images, labels in (stream[index + place] for place in range(settings.batches)):
+                    act(images, labels)
+                    seen += len(labels)
+                index += settings.batches
+                yield seen
+
+        return collect
+
+    def rows(self, network: StagedNetwork, policy: ExitPolicy, count: int, watch: Watch) -> Tensor:
+        """(N, 3, H, W) uint8, at most `count` images of the calibration split; whatever the exits, the same ones."""
+        pixels = self.data.evaluated("calibration").pixels
+        chosen = np.linspace(0, len(pixels) - 1, min(count, len(pixels))).astype(np.int64)
+        return pixels[torch.from_numpy(chosen)]
+
+    def folds(self, split: Split) -> list[Images]:
+        """The images of a split dealt into as many episodes as the config asks for, sizes differing by one at most.
+
+        Raises:
+            ValueError: there are fewer images than episodes.
+        """
+        config, images = self.config, self.data.evaluated(split)
+        section = "evaluate" if split == "test" else "calibrate"
+        count = getattr(config, section).episodes
+        if len(images) < count:
+            raise ValueError(f"`{section}.episodes` must be at most the {len(images)} {split} images, got {count}.")
+        return [images.take(np.arange(episode, len(images), count)) for episode in range(count)]
+
+    def play(
+        self,
+        network: StagedNetwork | None,
+        policies: Sequence[ExitPolicy],
+        jobs: Sequence[tuple[int, int]],
+        split: Split,
+        record: int,
+        watch: Watch,
+    ) -> Iterator[Played]:
+        """Classifies folds of a split under exit policies of one rule; without a network, by guessing."""
+        folds = self.folds(split)
+        replayed: dict[int, _Replayed] = {}
+        for number, (policy, episode) in enumerate(jobs):
+            if watch.stop():
+                return
+            images = folds[episode]
+            if network is None:
+                guesses = np.random.default_rng([episode, len(images)]).integers(
+                    len(self.data.classes), size=len(images)
+                )
+                value = float((guesses == images.labels.numpy()).mean())
+                yield Played(policy, episode, episode, value, len(images), 0, np.array([len(images)]))
+            elif self.config.evaluate.execution == "real":
+                yield self._classified(network, policies[policy], images, policy, episode)
+            else:
+                if episode not in replayed:
+                    # Jobs come episode by episode: the last one is enough to remember.
+                    rule, batch = policies[policy].rule, self.config.evaluate.n_envs
+                    replayed = {episode: _Replayed(network, rule, images, batch)}
+                yield replayed[episode].played(policies[policy], policy, episode)
+            watch.progress(number + 1, len(jobs), {})
+
+    def _classified(
+        self, network: StagedNetwork, policy: ExitPolicy, images: Images, index: int, episode: int
+    ) -> Played:
+        right = macs = 0
+        exits = np.zeros(network.exits, dtype=np.int64)
+        batch = self.config.evaluate.n_envs
+        for pixels, labels in zip(images.pixels.split(batch), images.labels.split(batch), strict=True):
+            result = run(network, policy, pixels)
+            right += int((result.answers.argmax(dim=1) == labels).sum())
+            macs += int(result.macs.sum())
+            exits += np.bincount(result.exits.numpy(), minlength=network.exits)
+        return Played(index, episode, episode, right / len(images), len(images), macs, exits)
+
+
+class _Replayed:
+    """All exits of some images, computed once for every exit policy of a rule."""
+
+    @torch.no_grad()
+    def __init__(self, network: StagedNetwork, rule: str, images: Images, batch: int) -> None:
+        closed = ExitPolicy(rule, (np.inf,) * (network.exits - 1))
+        parts = images.pixels.split(batch)
+        results = [replay(network, closed, part) for part in parts]
+        self.scores = torch.cat([result.scores[:, :-1] for result in results])
+        self.macs = int(torch.cat([result.macs for result in results]).sum())
+        chosen = torch.cat([network(part).answers.argmax(dim=-1) for part in parts])
+        self.right = chosen == images.labels[:, None]
+
+    def played(self, policy: ExitPolicy, index: int, episode: int) -> Played:
+        """Where everybody would have left, and who was right there."""
+        rows, exits = self.right.shape
+        leaves = self.scores > threshold_rows([policy], exits)
+        last = torch.ones((rows, 1), dtype=torch.bool)
+        left = torch.cat([leaves, last], dim=1).to(torch.int64).argmax(dim=1)
+        right = float(self.right[torch.arange(rows), left].double().mean())
+        counts = np.bincount(left.numpy(), minlength=exits)
+        return Played(index, episode, episode, right, rows, self.macs, counts)
+
+
+def domain(config: VisionConfig) -> VisionDomain:
+    """The domain of a config; what the command line asks for."""
+    return VisionDomain(config)
