@@ -391,7 +391,9 @@ def test_features_are_kept_in_the_precision_of_the_frozen_backbone(tmp_path):
     assert labels is not None
     run.buffer.clear()
     assert run.run()["loss/exit0"] < 0.5
-    with pytest.raises(ValueError, match="`distill.frozen_precision` must be fp32 where distill.precision is, got 'bf16'"):
+    with pytest.raises(
+        ValueError, match="`distill.frozen_precision` must be fp32 where distill.precision is, got 'bf16'"
+    ):
         replace(config, precision="fp32")
 
 

@@ -1,0 +1,66 @@
+"""The reference's time budgets, by its golden values."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from rlexit.metrics import hindsight_improvability
+from vision.budgets import Sweep, confidence_exits, patience_exits, sweep_confidence, sweep_patience
+
+# methods/ztw.md 1.10: argmax per exit (rows are samples), labels, confidences of one_hot * (1, 2, 3, 4), costs.
+CHOSEN = torch.tensor([[0, 0, 0, 0], [1, 2, 2, 2], [2, 1, 2, 1], [0, 2, 1, 0], [1, 1, 2, 2]])
+LABELS = torch.tensor([0, 2, 1, 1, 1])
+RIGHT = LABELS[:, None] == CHOSEN
+COSTS = (10.0, 25.0, 45.0, 50.0)
+CONFIDENCES = torch.tensor([0.576117, 0.786986, 0.909443, 0.964663]).expand(5, 4)
+
+
+def outcome(exits: torch.Tensor) -> tuple[float, float]:
+    rows = torch.arange(5)
+    return float(RIGHT[rows, exits].double().mean()), float(torch.tensor(COSTS)[exits].mean())
+
+
+def test_patience_has_the_golden_accuracies_and_costs():
+    sweep = sweep_patience(CHOSEN, RIGHT, COSTS)
+    assert sweep.accuracy.tolist() == pytest.approx([0.4, 0.8, 0.6, 0.6])
+    assert sweep.cost.tolist() == pytest.approx([10, 39, 49, 50])
+
+
+@pytest.mark.parametrize(
+    ("threshold", "accuracy", "cost"),
+    [(0.3, 0.4, 10), (0.6, 0.8, 25), (0.8, 0.6, 45), (0.95, 0.6, 50), (1.0, 0.6, 50)],
+)
+def test_confidence_has_the_golden_accuracies_and_costs(threshold, accuracy, cost):
+    assert outcome(confidence_exits(CONFIDENCES, threshold)) == pytest.approx((accuracy, cost))
+
+
+def test_hindsight_improvability_has_the_golden_values():
+    assert list(hindsight_improvability(CHOSEN.numpy(), LABELS.numpy())) == pytest.approx([0, 0, 1, 1])
+
+
+def test_a_budget_takes_the_most_patient_threshold_strictly_below_it():
+    sweep = Sweep(torch.tensor([0.4, 0.8, 0.6]), torch.tensor([10.0, 25.0, 45.0]))
+    assert sweep.at(10.0) != sweep.at(10.0)  # NaN: strictly below
+    assert sweep.at(45.0) == pytest.approx(0.8)
+    assert sweep.at(45.1) == pytest.approx(0.6)
+    table = sweep.table(50.0)
+    assert list(table) == ["0.25", "0.5", "0.75", "1", "max"]
+    assert table["0.25"] == pytest.approx(0.4)
+    assert table["max"] == pytest.approx(0.8)
+    assert math.isnan(Sweep(torch.tensor([1.0]), torch.tensor([2.0])).table(1.0)["1"])
+
+
+def test_a_softmax_that_rounds_to_1_does_not_pass_the_last_threshold():
+    sure = torch.ones(3, 2)
+    sweep = sweep_confidence(sure, torch.tensor([[True, False]] * 3), (1.0, 2.0), count=5)
+    assert sweep.cost.tolist() == [2.0] * 5
+    assert sweep.accuracy.tolist() == [0.0] * 5
+
+
+def test_all_wait_where_no_two_exits_agree():
+    assert patience_exits(torch.tensor([[0, 1, 0]]), 2).tolist() == [2]
+    assert patience_exits(torch.tensor([[0, 1, 1]]), 2).tolist() == [2]
+    assert patience_exits(torch.tensor([[0, 1, 0]]), 1).tolist() == [0]

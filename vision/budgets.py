@@ -1,0 +1,94 @@
+"""Accuracy at a time budget as Zero Time Waste's tables have it: thresholds tried on the test images themselves.
+
+It is optimistic by construction, since the test images choose; `rlexit calibrate` is the honest way. It is here so that
+published tables can be compared with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BUDGETS = (0.25, 0.5, 0.75, 1.0)
+THRESHOLDS = 1000
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What every threshold leads to, from the most eager one to the most patient.
+
+    Args:
+        accuracy: (T,) share of images that are told right.
+        cost: (T,) mean cost of an image, in the unit of the exits' costs.
+    """
+
+    accuracy: Tensor
+    cost: Tensor
+
+    def at(self, budget: float) -> float:
+        """Accuracy of the most patient threshold that costs strictly less than the budget; NaN if none does."""
+        within = torch.nonzero(self.cost < budget).flatten()
+        return float(self.accuracy[within[-1]]) if len(within) else math.nan
+
+    def table(self, full: float, budgets: Sequence[float] = BUDGETS) -> dict[str, float]:
+        """Accuracies at shares of the full network's cost, and the best of all thresholds ("max")."""
+        return {**{f"{share:g}": self.at(share * full) for share in budgets}, "max": float(self.accuracy.max())}
+
+
+def _outcome(exits: Tensor, right: Tensor, costs: Tensor) -> tuple[float, float]:
+    rows = torch.arange(len(exits))
+    return float(right[rows, exits].double().mean()), float(costs[exits].double().mean())
+
+
+def _swept(exits: Sequence[Tensor], right: Tensor, costs: Sequence[float]) -> Sweep:
+    found = [_outcome(left, right, torch.tensor(costs, dtype=torch.float64)) for left in exits]
+    accuracy, cost = torch.tensor(found, dtype=torch.float64).T
+    return Sweep(accuracy, cost)
+
+
+def confidence_exits(confidences: Tensor, threshold: float) -> Tensor:
+    """(N,) the first exit of each row whose confidence (N, K) is above the threshold; else the last."""
+    leaves = confidences > threshold
+    leaves[:, -1] = True
+    return leaves.to(torch.int64).argmax(dim=1)
+
+
+def patience_exits(chosen: Tensor, patience: int) -> Tensor:
+    """(N,) the first exit that is the `patience`-th in a row to choose (N, K) the same; else the last."""
+    streak = torch.ones_like(chosen)
+    for exit in range(1, chosen.shape[1]):
+        streak[:, exit] = torch.where(chosen[:, exit] == chosen[:, exit - 1], streak[:, exit - 1] + 1, 1)
+    leaves = streak >= patience
+    leaves[:, -1] = True
+    return leaves.to(torch.int64).argmax(dim=1)
+
+
+def sweep_confidence(confidences: Tensor, right: Tensor, costs: Sequence[float], count: int = THRESHOLDS) -> Sweep:
+    """Thresholds evenly spaced from the smallest confidence seen to 1.
+
+    Args:
+        confidences: (N, K) largest probability of every exit's answer.
+        right: (N, K) whether that answer is right.
+        costs: (K,) of leaving at every exit.
+        count: of thresholds.
+    Source: Wolczyk et al. 2021, arXiv 2106.05409, tables 1, 3-5; the rule as in the released notebook.
+    """
+    # In float64 the last threshold is exactly 1: a softmax that rounds to 1 does not pass it.
+    thresholds = torch.linspace(float(confidences.min()), 1.0, count, dtype=torch.float64).tolist()
+    return _swept([confidence_exits(confidences, threshold) for threshold in thresholds], right, costs)
+
+
+def sweep_patience(chosen: Tensor, right: Tensor, costs: Sequence[float]) -> Sweep:
+    """Patience 1 to K.
+
+    Args:
+        chosen: (N, K) class that every exit tells.
+        right: (N, K) whether it is right.
+        costs: (K,) of leaving at every exit.
+    Source: Zhou et al. 2020, arXiv 2006.04152, counted as in Zero Time Waste's notebook.
+    """
+    return _swept([patience_exits(chosen, wait) for wait in range(1, chosen.shape[1] + 1)], right, costs)
