@@ -124,9 +124,10 @@ def classifier(
             exits[block.name] = heads[kind](block.shape, classes, early, cascade and bool(exits))
     exits[backbone.blocks[-1].name] = ModuleHead(backbone.head)
     combined = ensemble(len(exits), classes) if ensemble is not None else None
-    network = Classifier(units, exits, classes, combined, normalisation, prefixes)
+    made = Classifier(units, exits, classes, combined, normalisation, prefixes)
     # A fifth faster on CPUs where channels lie together, trunk and heads.
-    return network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    laid_out: Classifier = made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return laid_out
 
 
 def initialised(module: nn.Module) -> nn.Module:
