@@ -126,8 +126,8 @@ def classifier(
     combined = ensemble(len(exits), classes) if ensemble is not None else None
     made = Classifier(units, exits, classes, combined, normalisation, prefixes)
     # A fifth faster on CPUs where channels lie together, trunk and heads.
-    laid_out: Classifier = made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return laid_out
+    made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return made
 
 
 def initialised(module: nn.Module) -> nn.Module:
@@ -141,7 +141,11 @@ def initialised(module: nn.Module) -> nn.Module:
 
 
 def weights(network: Classifier) -> dict[str, Tensor]:
-    """The backbone's tensors by their plain names; counters of batches are left out."""
+    """The backbone's tensors by their plain names, laid out as files have them; counters of batches are left out."""
+    return {name: tensor.contiguous() for name, tensor in _own(network).items()}
+
+
+def _own(network: Classifier) -> dict[str, Tensor]:
     state = network.state_dict()
     named = {plain: state[ours] for ours, plain in network.plain_names().items()}
     return {name: tensor for name, tensor in named.items() if not name.endswith("num_batches_tracked")}
@@ -157,7 +161,7 @@ def load_weights(network: Classifier, tensors: Mapping[str, Tensor], where: str)
     Raises:
         CheckpointError: a tensor is missing, of another shape, or belongs to no part.
     """
-    own = weights(network)
+    own = _own(network)
     strange = [name for name in tensors if name not in own and not name.endswith("num_batches_tracked")]
     for name, target in own.items():
         source = tensors.get(name)
