@@ -1,0 +1,394 @@
+"""Runs an export with onnxruntime, on one thread and without torch: `act(observation) -> action, exit, confidence`.
+
+    from pathlib import Path
+    from rlexit import serve
+
+    server = serve.load(Path("runs/pong/ztw/s0/export"))
+    action, exit, confidence = server.act(observation)        # (4, 84, 84) uint8, or a batch (B, 4, 84, 84) of them
+
+A folder is treated as a stranger's: sizes are bounded, every byte is hashed, files are regular ones with plain names, a
+graph may hold only known arithmetic and nothing outside itself (`rlexit.onnxfile`), and the checked bytes, not the path,
+go to onnxruntime. What stays possible is a graph that is slow, or wrong on purpose: hashes in a manifest show damage, not
+intent. README has a game of Pong played from an export.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rlexit import onnxfile
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+FORMATS = ("onnx", "onnx-if")
+MAX_MANIFEST_BYTES = 1 << 20
+MAX_FILE_BYTES = 512 << 20
+MAX_STAGES = 256
+MAX_VALUES = 1 << 26
+DTYPES = ("uint8", "float32", "int64")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+_HASH = re.compile(r"[0-9a-f]{64}")
+
+
+class ServeError(ValueError):
+    """An export cannot be served, or an observation does not fit it; the message is one line."""
+
+
+class MissingExtra(ImportError):
+    """A library of an extra is not installed; the message names the extra."""
+
+
+class Act(NamedTuple):
+    """One decision: what to do, where the row left, and the probability of the action."""
+
+    action: int
+    exit: int
+    confidence: float
+
+
+class Acts(NamedTuple):
+    """A batch of decisions: (B,) int64, (B,) int64, (B,) float32."""
+
+    actions: np.ndarray
+    exits: np.ndarray
+    confidences: np.ndarray
+
+
+class Served(NamedTuple):
+    """All that is known of a batch: (B, A) log-probabilities, (B,) exits, (B, K) scores, NaN where none was asked for."""
+
+    answers: np.ndarray
+    exits: np.ndarray
+    scores: np.ndarray
+
+
+@dataclass(frozen=True)
+class Port:
+    """A named input or output of a graph, and one row of it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def buffer(self) -> np.ndarray:
+        """(1, ...) zeros."""
+        return np.zeros((1, *self.shape), dtype=self.dtype)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One graph of an export: rows leave after it at `exit` where their score is above `threshold`."""
+
+    exit: int
+    threshold: float
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    data: bytes
+
+
+def runtime() -> Any:
+    """The onnxruntime module; raises MissingExtra that says how to get it."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingExtra("`onnxruntime` is missing. Install it: pip install 'rlexit[export]'.") from error
+    return onnxruntime
+
+
+def digest(manifest: dict[str, Any]) -> str:
+    """SHA-256 of a manifest without its own hash, in canonical JSON."""
+    body = {key: value for key, value in manifest.items() if key != "sha256"}
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load(folder: Path, *, thresholds: Sequence[float] | None = None, threads: int = 1) -> Server:
+    """Opens an export after checking every byte of it.
+
+    Args:
+        folder: what `rlexit export` wrote.
+        thresholds: K - 1 others; +inf: nobody leaves there, -inf: everybody. Exits that the export was made without
+            (+inf in its manifest) stay closed.
+        threads: of onnxruntime, within one operator.
+    Raises:
+        ServeError: a file is missing, altered, too large, newer than this rlexit, or holds what is not run.
+        MissingExtra: onnxruntime is not installed.
+    """
+    manifest = read_manifest(folder)
+    limits = _thresholds(folder, manifest) if thresholds is None else [float(value) for value in thresholds]
+    if len(limits) != manifest["exits"] - 1 or any(math.isnan(value) for value in limits):
+        raise ServeError(f"`thresholds` must be {manifest['exits'] - 1} numbers, got {thresholds}.")
+    if thresholds is not None and manifest["format"] == "onnx-if":
+        raise ServeError("`thresholds` are inside the graph of this format. Export again with --format onnx.")
+    if threads < 1:
+        raise ServeError(f"`threads` must be at least 1, got {threads}.")
+    return Server(manifest, [_stage(folder, one, limits) for one in manifest["stages"]], threads)
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Reads and checks the manifest of an export.
+
+    Raises:
+        ServeError: see `load`.
+    """
+    path = folder / MANIFEST
+    data = _read(path, MAX_MANIFEST_BYTES)
+    try:
+        manifest = json.loads(data)
+        version, stated, found = manifest["schema_version"], manifest["sha256"], digest(manifest)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ServeError(f"`{path}` is cut or no manifest of an export. Export again.") from error
+    if type(version) is int and version > SCHEMA_VERSION:
+        raise ServeError(f"`{path}` has schema {version}, this rlexit reads up to {SCHEMA_VERSION}. Update rlexit.")
+    if found != stated:
+        raise ServeError(f"`{path}` does not match its own SHA-256. It was altered; export again.")
+    try:
+        _check_manifest(manifest)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ServeError(f"`{path}` is no manifest of an export ({error!r}). Export again.") from error
+    return dict(manifest)
+
+
+class Server:
+    """An export in memory. `act` reuses its buffers, so one server serves one thread of control at a time.
+
+    Args:
+        manifest: of the export.
+        stages: in order, from `load`.
+        threads: of onnxruntime.
+    """
+
+    def __init__(self, manifest: dict[str, Any], stages: Sequence[Stage], threads: int = 1) -> None:
+        self.manifest = manifest
+        self.shape = tuple(manifest["observation"]["shape"])
+        self.dtype = np.dtype(manifest["observation"]["dtype"])
+        self.outputs, self.exits = int(manifest["outputs"]), int(manifest["exits"])
+        self.nested = manifest["format"] == "onnx-if"
+        self.stages = tuple(stages)
+        options = _options(runtime(), threads)
+        self._sessions = [_session(stage, options) for stage in stages]
+        # Rows of one: every tensor between stages has one place, bound once.
+        self._buffers: dict[str, np.ndarray] = {}
+        self._chain: list[tuple[Any, Any, np.ndarray, np.ndarray, float, int]] = []
+        for stage, session in zip(stages, self._sessions, strict=True):
+            binding = self._bind(stage, session)
+            score = self._buffers.get(f"score/{stage.exit}", np.zeros(1, dtype=np.float32))
+            self._chain.append(
+                (session, binding, self._buffers[f"answer/{stage.exit}"][0], score, stage.threshold, stage.exit)
+            )
+        self._observation = self._buffers["observation"][0]
+
+    def act(self, observation: np.ndarray) -> Act | Acts:
+        """Decides for one observation, or for a batch of them.
+
+        Args:
+            observation: (...) one row, or (B, ...).
+        Raises:
+            ServeError: its shape, dtype or range is not that of the export.
+        """
+        if self._check(observation):
+            served = self.run(observation)
+            actions = served.answers.argmax(axis=1)
+            confidences = np.exp(np.take_along_axis(served.answers, actions[:, None], axis=1)[:, 0])
+            return Acts(actions, served.exits, confidences)
+        np.copyto(self._observation, observation)
+        answer, exit = self._one()
+        action = int(answer.argmax())
+        return Act(action, exit, math.exp(answer[action]))
+
+    def run(self, observations: np.ndarray) -> Served:
+        """Everything about a batch (B, ...): a stage runs for the rows that came to it only."""
+        if not self._check(observations):
+            observations = observations[None]
+        batch = len(observations)
+        answers = np.zeros((batch, self.outputs), dtype=np.float32)
+        exits = np.zeros(batch, dtype=np.int64)
+        scores = np.full((batch, self.exits), np.nan, dtype=np.float32)
+        if self.nested:
+            for row in range(batch):
+                np.copyto(self._observation, observations[row])
+                answers[row], exits[row] = self._one()
+            return Served(answers, exits, scores)
+        rows = np.arange(batch)
+        known: dict[str, np.ndarray] = {"observation": observations}
+        for stage, session in zip(self.stages, self._sessions, strict=True):
+            if not len(rows):
+                break
+            found = _call(session, stage, known)
+            last = stage is self.stages[-1]
+            leaves = np.ones(len(rows), dtype=bool)
+            if not last:
+                scores[rows, stage.exit] = found["score"]
+                leaves = found["score"] > np.float32(stage.threshold)
+            answers[rows[leaves]], exits[rows[leaves]] = found["answer"][leaves], stage.exit
+            if not leaves.any():
+                known |= found
+            elif not last:
+                known = {name: value[~leaves] for name, value in (known | found).items() if name != "observation"}
+                rows = rows[~leaves]
+        return Served(answers, exits, scores)
+
+    def _one(self) -> tuple[np.ndarray, int]:
+        for session, binding, answer, score, threshold, exit in self._chain:
+            session.run_with_iobinding(binding)
+            if score.item(0) > threshold:
+                break
+        if self.nested:
+            exit = int(self._buffers["exit/-1"][0])
+        return answer, exit
+
+    def _check(self, observation: np.ndarray) -> bool:
+        """Whether it is a batch; raises ServeError for what is no observation."""
+        if not isinstance(observation, np.ndarray) or observation.dtype != self.dtype:
+            got = observation.dtype if isinstance(observation, np.ndarray) else type(observation).__name__
+            raise ServeError(f"`observation` must be a NumPy array of {self.dtype}, got {got}. Convert it first.")
+        batched = observation.shape[1:] == self.shape and observation.ndim == len(self.shape) + 1
+        if not batched and observation.shape != self.shape:
+            raise ServeError(f"`observation` must be {self.shape}, or (B, ...) of it, got {observation.shape}.")
+        if self.dtype.kind == "f" and not np.isfinite(observation).all():
+            raise ServeError("`observation` must be finite, got NaN or infinity. Leave such rows out.")
+        return batched
+
+    def _bind(self, stage: Stage, session: Any) -> Any:
+        binding = session.io_binding()
+        for port in stage.inputs:
+            buffer = self._buffers.get(port.name)
+            if port.name == "observation" and buffer is None:
+                buffer = self._buffers.setdefault(port.name, port.buffer())
+            if buffer is None or buffer.shape[1:] != port.shape or buffer.dtype != port.dtype:
+                raise ServeError(f"`stages` must hand on what the next one reads, got no {port.name!r}. Export again.")
+            binding.bind_input(port.name, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
+        for port in stage.outputs:
+            name = f"{port.name}/{stage.exit}" if port.name in ("answer", "score", "exit") else port.name
+            buffer = self._buffers[name] = port.buffer()
+            binding.bind_output(port.name, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
+        return binding
+
+
+def _options(onnxruntime: Any, threads: int) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = 4
+    # Spinning threads make torch in the same process up to 50 times as slow (onnxruntime issue 13808).
+    for pool in ("intra_op", "inter_op"):
+        options.add_session_config_entry(f"session.{pool}.allow_spinning", "0")
+    return options
+
+
+def _session(stage: Stage, options: Any) -> Any:
+    try:
+        session = runtime().InferenceSession(stage.data, options, providers=["CPUExecutionProvider"])
+    except Exception as error:
+        # onnxruntime has a type of its own for each of a dozen faults; their common base is Exception.
+        raise ServeError(f"`stages` must be graphs that onnxruntime runs, got: {_line(error)} Export again.") from error
+    for stated, real in ((stage.inputs, session.get_inputs()), (stage.outputs, session.get_outputs())):
+        if [port.name for port in stated] != [port.name for port in real]:
+            raise ServeError("`stages` must have the inputs and outputs that the manifest says. Export again.")
+    return session
+
+
+def _call(session: Any, stage: Stage, known: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    names = [port.name for port in stage.outputs]
+    try:
+        found = session.run(names, {port.name: known[port.name] for port in stage.inputs})
+    except Exception as error:
+        raise ServeError(f"`stages` must run on {len(known)} inputs, got: {_line(error)} Export again.") from error
+    return dict(zip(names, found, strict=True))
+
+
+def _line(error: Exception) -> str:
+    text = " ".join(str(error).split())[:200]
+    return text if text.endswith(".") else f"{text}."
+
+
+def _read(path: Path, most: int) -> bytes:
+    """The bytes of a regular file, no link; checked before a byte is read."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise ServeError(f"`{path}` is missing or cannot be read ({error.strerror}). Export again.") from error
+    with os.fdopen(handle, "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise ServeError(f"`{path}` must be a regular file. Export again.")
+        if found.st_size > most:
+            raise ServeError(f"`{path}` must have at most {most} bytes, got {found.st_size}.")
+        return file.read(most)
+
+
+def _stage(folder: Path, entry: dict[str, Any], limits: Sequence[float]) -> Stage:
+    path = folder / entry["file"]
+    data = _read(path, MAX_FILE_BYTES)
+    if len(data) != entry["bytes"] or hashlib.sha256(data).hexdigest() != entry["sha256"]:
+        raise ServeError(f"`{path}` does not match the size or SHA-256 in its manifest. It was altered; export again.")
+    try:
+        onnxfile.operators(data)
+    except onnxfile.OnnxFileError as error:
+        raise ServeError(f"`{path}` {error}. Serve only what `rlexit export` wrote.") from error
+    exit = entry["exit"]
+    # As in torch: a score is compared in float32. The last exit of an export answers whatever the score.
+    threshold = float(np.float32(limits[exit])) if 0 <= exit < len(limits) else -math.inf
+    return Stage(exit, threshold, _ports(entry["inputs"]), _ports(entry["outputs"]), data)
+
+
+def _ports(entries: Sequence[dict[str, Any]]) -> tuple[Port, ...]:
+    return tuple(Port(one["name"], tuple(one["shape"]), one["dtype"]) for one in entries)
+
+
+def _thresholds(folder: Path, manifest: dict[str, Any]) -> list[float]:
+    return [float(value) for value in manifest["thresholds"]]
+
+
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    """Types, ranges and names of all that `load` uses; raises ValueError, KeyError or TypeError."""
+    exits, outputs, stages = manifest["exits"], manifest["outputs"], manifest["stages"]
+    if manifest["format"] not in FORMATS:
+        raise ValueError(f"format {str(manifest['format'])[:20]!r}")
+    if type(exits) is not int or type(outputs) is not int or not (1 <= exits <= MAX_STAGES and 1 <= outputs <= 1 << 20):
+        raise ValueError("exits or outputs")
+    if not isinstance(stages, list) or not 1 <= len(stages) <= MAX_STAGES:
+        raise ValueError("stages")
+    if len([float(value) for value in manifest["thresholds"]]) != exits - 1:
+        raise ValueError("thresholds")
+    _check_port({"name": "observation", **manifest["observation"]})
+    nested = manifest["format"] == "onnx-if"
+    previous = -1
+    for number, entry in enumerate(stages):
+        last = number == len(stages) - 1
+        if not _NAME.fullmatch(entry["file"]) or not _HASH.fullmatch(entry["sha256"]) or type(entry["bytes"]) is not int:
+            raise ValueError("file")
+        exit = entry["exit"]
+        if type(exit) is not int or (exit != -1 if nested else not previous < exit < exits or last != (exit == exits - 1)):
+            raise ValueError("exit")
+        previous = exit
+        for port in (*entry["inputs"], *entry["outputs"]):
+            _check_port(port)
+        names = {port["name"] for port in entry["outputs"]}
+        if not ({"answer", "exit"} if nested else {"answer"} if last else {"answer", "score"}) <= names:
+            raise ValueError("outputs")
+        if [port["shape"] for port in entry["outputs"] if port["name"] == "answer"] != [[outputs]]:
+            raise ValueError("answer")
+    if [port for port in stages[0]["inputs"] if port["name"] == "observation"] != [
+        {"name": "observation", "shape": manifest["observation"]["shape"], "dtype": manifest["observation"]["dtype"]}
+    ]:
+        raise ValueError("observation")
+
+
+def _check_port(port: dict[str, Any]) -> None:
+    shape = port["shape"]
+    if not _NAME.fullmatch(port["name"]) or port["dtype"] not in DTYPES or not isinstance(shape, list) or len(shape) > 8:
+        raise ValueError("name, shape or dtype")
+    if any(type(side) is not int or side < 1 for side in shape) or math.prod(shape) > MAX_VALUES:
+        raise ValueError("shape")
