@@ -137,3 +137,16 @@ class Domain(Protocol):
     def protocol(self) -> dict[str, Any]:
         """What else a value depends on; stands in every row."""
         ...
+
+
+@runtime_checkable
+class Publisher(Protocol):
+    """A domain whose teachers another library opens, and whose actors can be asked as that library asks its own."""
+
+    def publish(self, folder: Path, path: Path) -> None:
+        """Writes the teacher in `folder` as a file of the other library."""
+        ...
+
+    def predictor(self, network: StagedNetwork, policy: ExitPolicy) -> Callable[[np.ndarray], object]:
+        """From an observation to an action, by the other library's own way; for comparing speed."""
+        ...

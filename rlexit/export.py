@@ -117,6 +117,30 @@ def export(
     return manifest
 
 
+def server_of(network: StagedNetwork, policy: ExitPolicy, rows: Tensor) -> serve.Server:
+    """An export that is never written, checked like one; for measuring.
+
+    Args:
+        network: in evaluation mode.
+        policy: rule and thresholds.
+        rows: (N, ...) held-out raw inputs for the check.
+    Raises:
+        ExportError: the network cannot be exported, or the export acts otherwise.
+    """
+    _need("onnx")
+    graphs = stage_graphs(network, policy, rows[:1].cpu())
+    stages = []
+    for graph in graphs:
+        exit = graph.plan.exits[-1]
+        ports = (serve.ports(_port_facts(side)) for side in (graph.inputs, graph.outputs))
+        stages.append(serve.Stage(exit, serve.limit(policy.thresholds, exit), *ports, graph.data))
+    server = serve.Server(_shape_facts(network, rows) | {"format": "onnx"}, stages)
+    found = compare(network, policy, server, rows)
+    if not found.holds:
+        raise ExportError(f"`export` must act as the network does, got {found}.")
+    return server
+
+
 def compare(network: StagedNetwork, policy: ExitPolicy, server: serve.Server, rows: Tensor) -> Parity:
     """Plays rows through a network and its export, in batches, and the first ones again one by one."""
     answers = furthest = 0.0
@@ -183,7 +207,6 @@ def _manifest(
     rows: Tensor,
 ) -> dict[str, Any]:
     costs = cost_table(network, rows[:1])
-    observation = {"shape": list(rows.shape[1:]), "dtype": str(rows.dtype).removeprefix("torch.")}
     stages = []
     units: set[str] = set()
     heads: set[int] = set()
@@ -204,9 +227,7 @@ def _manifest(
         "schema_version": serve.SCHEMA_VERSION,
         "format": kind,
         **policy.to_json(),
-        "exits": network.exits,
-        "outputs": network.outputs,
-        "observation": observation,
+        **_shape_facts(network, rows),
         "preprocessing": "inside the graph; uint8 frames are divided by 255",
         "answer": "log-probabilities; the likeliest output is the action, its probability the confidence",
         "macs": macs,
@@ -215,6 +236,11 @@ def _manifest(
         **facts,
         "made": environment(),
     }
+
+
+def _shape_facts(network: StagedNetwork, rows: Tensor) -> dict[str, Any]:
+    observation = {"shape": list(rows.shape[1:]), "dtype": str(rows.dtype).removeprefix("torch.")}
+    return {"exits": network.exits, "outputs": network.outputs, "observation": observation}
 
 
 def _port_facts(ports: Sequence[Port]) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ operators in 5 to 10 s per stage. What comes out is compared with `rlexit.runtim
 
 from __future__ import annotations
 
-import copy
 import io
 import warnings
 from collections.abc import Sequence
@@ -17,12 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from rlexit.ensembles import NoEnsemble
 from rlexit.exit_policy import ExitPolicy
-from rlexit.heads import SDNPool
 from rlexit.network import StagedNetwork
+from rlexit.rewrites import prepared, rewritten
 from rlexit.rules import Rule
 from rlexit.runtime import exits_to_build
 from rlexit.state import ExitState, leaves_of, map_tensors
@@ -136,86 +134,11 @@ def _is_combined(network: StagedNetwork, exit: int) -> bool:
     return not isinstance(ensemble, NoEnsemble) and exit < ensemble.exits
 
 
-class WindowPool(nn.Module):
-    """`SDNPool` for maps of one known size: adaptive pooling written as windows, which ONNX can say.
-
-    Output i of n reads positions floor(i * size / n) up to ceil((i + 1) * size / n) of each side. For 5 to 4 these are
-    windows of 2 at stride 1; a map that is enlarged (2 to 4) only repeats its values.
-
-    Args:
-        pool: the original.
-        size: (H, W) of the map.
-    """
-
-    def __init__(self, pool: SDNPool, size: tuple[int, int]) -> None:
-        super().__init__()
-        self.mix = float(pool.mix.detach())
-        self.windows = [
-            [(index * length // pool.side, -(-(index + 1) * length // pool.side)) for index in range(pool.side)]
-            for length in size
-        ]
-        kernels = [{end - begin for begin, end in axis} for axis in self.windows]
-        strides = [{late[0] - early[0] for early, late in zip(axis, axis[1:], strict=False)} for axis in self.windows]
-        self.single = all(kernel == {1} for kernel in kernels)
-        self.regular = all(len(kernel) == 1 for kernel in kernels) and all(
-            len(stride) <= 1 and 0 not in stride for stride in strides
-        )
-        if self.regular:
-            self.kernel = tuple(next(iter(kernel)) for kernel in kernels)
-            self.stride = tuple(next(iter(stride), 1) for stride in strides)
-
-    def forward(self, features: Tensor) -> Tensor:
-        """(B, C, H, W) to (B, C, side, side)."""
-        if self.regular:
-            largest = functional.max_pool2d(features, self.kernel, self.stride)
-            average = functional.avg_pool2d(features, self.kernel, self.stride)
-        elif self.single:
-            for dim, axis in enumerate(self.windows, start=2):
-                features = features.index_select(dim, torch.tensor([begin for begin, _ in axis]))
-            return features
-        else:
-            largest = average = features
-            for dim, axis in enumerate(self.windows, start=2):
-                largest = torch.cat([_slice(largest, dim, *one).amax(dim=dim, keepdim=True) for one in axis], dim)
-                average = torch.cat([_slice(average, dim, *one).mean(dim=dim, keepdim=True) for one in axis], dim)
-        return self.mix * largest + (1 - self.mix) * average
-
-
-def _slice(features: Tensor, dim: int, begin: int, end: int) -> Tensor:
-    return features.narrow(dim, begin, end - begin)
-
-
-def windowed(network: StagedNetwork, example: Tensor) -> StagedNetwork:
-    """A copy of a network on the CPU in which every `SDNPool` is a `WindowPool`.
-
-    Args:
-        network: left as it is.
-        example: (B, ...) raw inputs.
-    """
-    copied = copy.deepcopy(network).cpu().eval()
-    sizes: dict[nn.Module, tuple[int, int]] = {}
-
-    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        sizes[module] = (int(inputs[0].shape[2]), int(inputs[0].shape[3]))
-
-    pools = [module for module in copied.modules() if isinstance(module, SDNPool)]
-    handles = [pool.register_forward_pre_hook(note) for pool in pools]
-    with torch.no_grad():
-        copied(example)
-    for handle in handles:
-        handle.remove()
-    for parent in list(copied.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, SDNPool):
-                setattr(parent, name, WindowPool(child, sizes[child]))
-    return copied
-
-
 class StageModule(nn.Module):
     """One stage, tensors in and tensors out, by the network's own units, heads, ensemble and rule.
 
     Args:
-        network: of `windowed`.
+        network: of `rewritten`.
         plan: which part.
         rule: scores the rows that may leave.
         template: tree of the features that it is given; None for raw inputs.
@@ -230,7 +153,7 @@ class StageModule(nn.Module):
         """Raw inputs or features, then logits of `plan.reads`; to features, logits of `plan.keeps`, answer and score."""
         network, plan = self.network, self.plan
         if self.template is None:
-            features, given = network.prepare(inputs[0]), inputs[1:]
+            features, given = prepared(network, inputs[0]), inputs[1:]
         else:
             leaves = iter(inputs)
             features = map_tensors(lambda _: next(leaves), self.template)
@@ -254,8 +177,7 @@ class StageModule(nn.Module):
     def _answer(self, logits: dict[int, Tensor], exit: int) -> Tensor:
         if not _is_combined(self.network, exit):
             return logits[exit].log_softmax(dim=-1)
-        every = torch.stack([logits[index] for index in range(exit + 1)], dim=1)
-        return self.network.ensemble.combine(every.log_softmax(dim=-1))
+        return self.network.ensemble.from_logits([logits[index] for index in range(exit + 1)])
 
     def _score(self, logits: dict[int, Tensor], answer: Tensor, exit: int) -> Tensor:
         missing = torch.full_like(answer, torch.nan)
@@ -277,7 +199,7 @@ def stage_graphs(network: StagedNetwork, policy: ExitPolicy, example: Tensor) ->
     check_exportable(network)
     features = {OBSERVATION: torch.cat([example] * TRACED_ROWS)}
     logits: dict[int, Tensor] = {}
-    copied = windowed(network, features[OBSERVATION])
+    copied = rewritten(network, features[OBSERVATION])
     template: Any = None
     found: list[Graph] = []
     for plan in plan_stages(network, policy):

@@ -21,7 +21,7 @@ import os
 import re
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ FORMATS = ("onnx", "onnx-if")
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_FILE_BYTES = 512 << 20
 MAX_STAGES = 256
-MAX_VALUES = 1 << 26
+MAX_VALUES = 1 << 24
 DTYPES = ("uint8", "float32", "int64")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 _HASH = re.compile(r"[0-9a-f]{64}")
@@ -126,7 +126,7 @@ def load(folder: Path, *, thresholds: Sequence[float] | None = None, threads: in
         MissingExtra: onnxruntime is not installed.
     """
     manifest = read_manifest(folder)
-    limits = _thresholds(folder, manifest) if thresholds is None else [float(value) for value in thresholds]
+    limits = [float(value) for value in (manifest["thresholds"] if thresholds is None else thresholds)]
     if len(limits) != manifest["exits"] - 1 or any(math.isnan(value) for value in limits):
         raise ServeError(f"`thresholds` must be {manifest['exits'] - 1} numbers, got {thresholds}.")
     if thresholds is not None and manifest["format"] == "onnx-if":
@@ -189,6 +189,10 @@ class Server:
             )
         self._observation = self._buffers["observation"][0]
 
+    def with_thresholds(self, thresholds: Sequence[float]) -> Server:
+        """The same graphs under other thresholds; see `load`."""
+        return Server(self.manifest, [replace(one, threshold=limit(thresholds, one.exit)) for one in self.stages])
+
     def act(self, observation: np.ndarray) -> Act | Acts:
         """Decides for one observation, or for a batch of them.
 
@@ -240,10 +244,13 @@ class Server:
         return Served(answers, exits, scores)
 
     def _one(self) -> tuple[np.ndarray, int]:
-        for session, binding, answer, score, threshold, exit in self._chain:
-            session.run_with_iobinding(binding)
-            if score.item(0) > threshold:
-                break
+        try:
+            for session, binding, answer, score, threshold, exit in self._chain:
+                session.run_with_iobinding(binding)
+                if score.item(0) > threshold:
+                    break
+        except Exception as error:
+            raise ServeError(f"`stages` must run on one row, got: {_line(error)} Export again.") from error
         if self.nested:
             exit = int(self._buffers["exit/-1"][0])
         return answer, exit
@@ -338,17 +345,17 @@ def _stage(folder: Path, entry: dict[str, Any], limits: Sequence[float]) -> Stag
     except onnxfile.OnnxFileError as error:
         raise ServeError(f"`{path}` {error}. Serve only what `rlexit export` wrote.") from error
     exit = entry["exit"]
-    # As in torch: a score is compared in float32. The last exit of an export answers whatever the score.
-    threshold = float(np.float32(limits[exit])) if 0 <= exit < len(limits) else -math.inf
-    return Stage(exit, threshold, _ports(entry["inputs"]), _ports(entry["outputs"]), data)
+    return Stage(exit, limit(limits, exit), ports(entry["inputs"]), ports(entry["outputs"]), data)
 
 
-def _ports(entries: Sequence[dict[str, Any]]) -> tuple[Port, ...]:
+def limit(thresholds: Sequence[float], exit: int) -> float:
+    """The threshold of an exit in float32, as torch compares it; -inf after the last one, where all rows leave."""
+    return float(np.float32(thresholds[exit])) if 0 <= exit < len(thresholds) else -math.inf
+
+
+def ports(entries: Sequence[dict[str, Any]]) -> tuple[Port, ...]:
+    """Inputs or outputs as a manifest tells them."""
     return tuple(Port(one["name"], tuple(one["shape"]), one["dtype"]) for one in entries)
-
-
-def _thresholds(folder: Path, manifest: dict[str, Any]) -> list[float]:
-    return [float(value) for value in manifest["thresholds"]]
 
 
 def _check_manifest(manifest: dict[str, Any]) -> None:
