@@ -127,7 +127,9 @@ def _common(verb: str) -> argparse.ArgumentParser:
         parser.add_argument("--policy", default=None, help="calibrated exit policy, 'exit 0', ... (default: the first)")
     if verb == "export":
         parser.add_argument("--format", default="onnx", help="onnx (a graph per stage), onnx-if (one graph) or sb3")
-        parser.add_argument("--to", type=Path, default=None, metavar="PATH", help="default: export/ in the method's folder")
+        parser.add_argument(
+            "--to", type=Path, default=None, metavar="PATH", help="default: export/ in the method's folder"
+        )
         parser.add_argument("--rows", type=int, default=10_000, help="held-out observations that it is checked on")
     if verb == "bench":
         parser.add_argument("--rows", type=int, default=300, help="decisions timed per contender and repeat")

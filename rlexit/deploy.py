@@ -9,7 +9,6 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from rlexit import checkpoint, serve
+from rlexit import checkpoint
 from rlexit.bench import Contender, Timing, measure, mixed
 from rlexit.config import METHODS
 from rlexit.domain import Publisher
@@ -33,14 +32,12 @@ from rlexit.rows import LatencyRow, read_rows, write_rows
 from rlexit.runfolder import environment, hold
 from rlexit.runtime import run
 from rlexit.session import (
-    EXIT_POLICIES,
     POLICY,
     TEACHER,
     Session,
     calibrated_policy,
     load_network,
     made,
-    policies_of,
     weights_hash,
 )
 

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlexit import serve
+from rlexit import exported, serve
 from rlexit.checkpoint import write_atomic
 from rlexit.costs import cost_table
 from rlexit.exit_policy import ExitPolicy
@@ -95,7 +95,7 @@ def export(
     _need(kind)
     if not len(rows):
         raise ExportError("`rows` must hold observations to check the export on, got none.")
-    if folder.exists() and not (folder / serve.MANIFEST).is_file() and any(folder.iterdir()):
+    if folder.exists() and not (folder / exported.MANIFEST).is_file() and any(folder.iterdir()):
         raise ExportError(f"`{folder}` must be empty or hold an export, got other files. Give another folder.")
     graphs = stage_graphs(network, policy, rows[:1].cpu())
     files = {f"stage{number}.onnx": graph.data for number, graph in enumerate(graphs)}
@@ -132,7 +132,7 @@ def server_of(network: StagedNetwork, policy: ExitPolicy, rows: Tensor) -> serve
     stages = []
     for graph in graphs:
         exit = graph.plan.exits[-1]
-        ports = (serve.ports(_port_facts(side)) for side in (graph.inputs, graph.outputs))
+        ports = (exported.ports(_port_facts(side)) for side in (graph.inputs, graph.outputs))
         stages.append(serve.Stage(exit, serve.limit(policy.thresholds, exit), *ports, graph.data))
     server = serve.Server(_shape_facts(network, rows) | {"format": "onnx"}, stages)
     found = compare(network, policy, server, rows)
@@ -190,8 +190,8 @@ def _gap(network: StagedNetwork, row: Tensor, exit: int) -> float:
 
 def _need(kind: str) -> None:
     """Refuses a format that is not known, or whose libraries are not there, before any work."""
-    if kind not in serve.FORMATS:
-        raise ExportError(f"`--format` must be one of {', '.join(serve.FORMATS)}, got {kind!r}.")
+    if kind not in exported.FORMATS:
+        raise ExportError(f"`--format` must be one of {', '.join(exported.FORMATS)}, got {kind!r}.")
     serve.runtime()
     if util.find_spec("onnx") is None:  # torch's exporter needs it too
         raise serve.MissingExtra("`onnx` is missing. Install it: pip install 'rlexit[export]'.")
@@ -224,7 +224,7 @@ def _manifest(
         entry = {"file": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "exit": exit}
         stages.append({**entry, "inputs": _port_facts(inputs), "outputs": _port_facts(outputs)})
     return {
-        "schema_version": serve.SCHEMA_VERSION,
+        "schema_version": exported.SCHEMA_VERSION,
         "format": kind,
         **policy.to_json(),
         **_shape_facts(network, rows),
@@ -250,8 +250,8 @@ def _port_facts(ports: Sequence[Port]) -> list[dict[str, Any]]:
 def _write(folder: Path, files: Mapping[str, bytes], manifest: dict[str, Any]) -> None:
     for name, data in files.items():
         write_atomic(folder / name, data)
-    sealed = {**manifest, "sha256": serve.digest(manifest)}
-    write_atomic(folder / serve.MANIFEST, json.dumps(sealed, indent=2, allow_nan=False).encode())
+    sealed = {**manifest, "sha256": exported.digest(manifest)}
+    write_atomic(folder / exported.MANIFEST, json.dumps(sealed, indent=2, allow_nan=False).encode())
 
 
 def _put(sibling: Path, folder: Path) -> None:

@@ -212,7 +212,9 @@ def stage_graphs(network: StagedNetwork, policy: ExitPolicy, example: Tensor) ->
         names = [f"features_{len(found)}_{index}" for index in range(len(leaves))]
         outputs = [*names, *(f"logits_{exit}" for exit in plan.keeps), ANSWER, *([] if plan.last else [SCORE])]
         data = _trace(module, tuple(one.clone() for one in given.values()), list(given), outputs)
-        found.append(Graph(plan, _ports(list(given), list(given.values())), _ports(outputs, results), data))
+        # The exporter leaves out an input that nothing reads, such as a scale that a last stage does not need.
+        read = {name: given[name] for name in _inputs(data)}
+        found.append(Graph(plan, _ports(list(read), list(read.values())), _ports(outputs, results), data))
         features = dict(zip(names, results, strict=False))
         logits |= dict(zip(plan.keeps, results[len(names) :], strict=False))
         template = module.features
@@ -224,6 +226,12 @@ def _ports(names: Sequence[str], tensors: Sequence[Tensor]) -> tuple[Port, ...]:
         Port(name, tuple(int(side) for side in tensor.shape[1:]), str(tensor.dtype).removeprefix("torch."))
         for name, tensor in zip(names, tensors, strict=True)
     )
+
+
+def _inputs(data: bytes) -> list[str]:
+    import onnx
+
+    return [value.name for value in onnx.load_from_string(data).graph.input]
 
 
 def _trace(module: nn.Module, inputs: tuple[Tensor, ...], names: list[str], outputs: list[str]) -> bytes:
@@ -301,7 +309,7 @@ def nested_graph(graphs: Sequence[Graph], policy: ExitPolicy, outputs: int) -> b
             helper.make_node("Identity", [answer], [f"answer_{stage}_here"]),
             constant(f"exit_{stage}_here", exit),
         ]
-        here = [copied for copied in told(stage)]
+        here = told(stage)
         for value in here:
             value.name += "_here"
         later, theirs = part(stage + 1)

@@ -11,13 +11,14 @@ from collections.abc import Iterator
 
 # Arithmetic on tensors that are there. What makes big tensors out of small numbers (Expand, Range, ConstantOfShape, Tile),
 # loops, draws random numbers or calls out is left out.
-OPERATORS = frozenset(
-    "Abs Add And ArgMax AveragePool BatchNormalization Cast Clip Concat Constant Conv Div Equal Erf Exp Flatten Gather Gelu "
-    "Gemm GlobalAveragePool GlobalMaxPool Greater GreaterOrEqual GroupNormalization HardSigmoid HardSwish Identity If "
-    "InstanceNormalization LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax MatMul Max MaxPool Min Mul Neg Not "
-    "Or PRelu Pow Reciprocal ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum Relu Reshape Shape Sigmoid Slice Softmax "
-    "Split Sqrt Squeeze Sub Tanh TopK Transpose Unsqueeze Where".split()
-)
+_NAMES = """
+    Abs Add And ArgMax AveragePool BatchNormalization Cast Clip Concat Constant Conv Div Equal Erf Exp Flatten Gather Gelu
+    Gemm GlobalAveragePool GlobalMaxPool Greater GreaterOrEqual GroupNormalization HardSigmoid HardSwish Identity If
+    InstanceNormalization LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax MatMul Max MaxPool Min Mul Neg Not
+    Or PRelu Pow Reciprocal ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum Relu Reshape Shape Sigmoid Slice Softmax
+    Split Sqrt Squeeze Sub Tanh TopK Transpose Unsqueeze Where
+"""
+OPERATORS = frozenset(_NAMES.split())
 MAX_NODES = 20_000
 MAX_DEPTH = 32
 _VARINT, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5

@@ -9,6 +9,7 @@ within rounding, which the parity check of `rlexit.export` measures.
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ class WindowPool(nn.Module):
             for length in size
         ]
         kernels = [{end - begin for begin, end in axis} for axis in self.windows]
-        strides = [{late[0] - early[0] for early, late in zip(axis, axis[1:], strict=False)} for axis in self.windows]
+        strides = [{late[0] - early[0] for early, late in pairwise(axis)} for axis in self.windows]
         self.single = all(kernel == {1} for kernel in kernels)
         self.regular = all(len(kernel) == 1 for kernel in kernels) and all(
             len(stride) <= 1 and 0 not in stride for stride in strides

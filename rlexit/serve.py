@@ -15,11 +15,7 @@ intent. README has a game of Pong played from an export.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import os
-import re
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,21 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlexit import onnxfile
-
-SCHEMA_VERSION = 1
-MANIFEST = "manifest.json"
-FORMATS = ("onnx", "onnx-if")
-MAX_MANIFEST_BYTES = 1 << 20
-MAX_FILE_BYTES = 512 << 20
-MAX_STAGES = 256
-MAX_VALUES = 1 << 24
-DTYPES = ("uint8", "float32", "int64")
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
-_HASH = re.compile(r"[0-9a-f]{64}")
-
-
-class ServeError(ValueError):
-    """An export cannot be served, or an observation does not fit it; the message is one line."""
+from rlexit.exported import MAX_FILE_BYTES, Port, ServeError, ports, read_manifest, read_regular
 
 
 class MissingExtra(ImportError):
@@ -74,19 +56,6 @@ class Served(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Port:
-    """A named input or output of a graph, and one row of it."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    def buffer(self) -> np.ndarray:
-        """(1, ...) zeros."""
-        return np.zeros((1, *self.shape), dtype=self.dtype)
-
-
-@dataclass(frozen=True)
 class Stage:
     """One graph of an export: rows leave after it at `exit` where their score is above `threshold`."""
 
@@ -104,13 +73,6 @@ def runtime() -> Any:
     except ImportError as error:
         raise MissingExtra("`onnxruntime` is missing. Install it: pip install 'rlexit[export]'.") from error
     return onnxruntime
-
-
-def digest(manifest: dict[str, Any]) -> str:
-    """SHA-256 of a manifest without its own hash, in canonical JSON."""
-    body = {key: value for key, value in manifest.items() if key != "sha256"}
-    text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def load(folder: Path, *, thresholds: Sequence[float] | None = None, threads: int = 1) -> Server:
@@ -136,30 +98,6 @@ def load(folder: Path, *, thresholds: Sequence[float] | None = None, threads: in
     return Server(manifest, [_stage(folder, one, limits) for one in manifest["stages"]], threads)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Reads and checks the manifest of an export.
-
-    Raises:
-        ServeError: see `load`.
-    """
-    path = folder / MANIFEST
-    data = _read(path, MAX_MANIFEST_BYTES)
-    try:
-        manifest = json.loads(data)
-        version, stated, found = manifest["schema_version"], manifest["sha256"], digest(manifest)
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ServeError(f"`{path}` is cut or no manifest of an export. Export again.") from error
-    if type(version) is int and version > SCHEMA_VERSION:
-        raise ServeError(f"`{path}` has schema {version}, this rlexit reads up to {SCHEMA_VERSION}. Update rlexit.")
-    if found != stated:
-        raise ServeError(f"`{path}` does not match its own SHA-256. It was altered; export again.")
-    try:
-        _check_manifest(manifest)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise ServeError(f"`{path}` is no manifest of an export ({error!r}). Export again.") from error
-    return dict(manifest)
-
-
 class Server:
     """An export in memory. `act` reuses its buffers, so one server serves one thread of control at a time.
 
@@ -180,13 +118,13 @@ class Server:
         self._sessions = [_session(stage, options) for stage in stages]
         # Rows of one: every tensor between stages has one place, bound once.
         self._buffers: dict[str, np.ndarray] = {}
-        self._chain: list[tuple[Any, Any, np.ndarray, np.ndarray, float, int]] = []
+        self._chain: list[tuple[Any, Any, np.ndarray, float]] = []
+        self._told: list[tuple[np.ndarray, int]] = []
         for stage, session in zip(stages, self._sessions, strict=True):
             binding = self._bind(stage, session)
-            score = self._buffers.get(f"score/{stage.exit}", np.zeros(1, dtype=np.float32))
-            self._chain.append(
-                (session, binding, self._buffers[f"answer/{stage.exit}"][0], score, stage.threshold, stage.exit)
-            )
+            score = self._buffers.get(f"score/{stage.exit}", np.ones(1, dtype=np.float32))
+            self._chain.append((session, binding, score, stage.threshold))
+            self._told.append((self._buffers[f"answer/{stage.exit}"][0], stage.exit))
         self._observation = self._buffers["observation"][0]
 
     def with_thresholds(self, thresholds: Sequence[float]) -> Server:
@@ -244,16 +182,18 @@ class Server:
         return Served(answers, exits, scores)
 
     def _one(self) -> tuple[np.ndarray, int]:
+        """The answer (A,) and the exit of the row in the buffers."""
+        place = 0
         try:
-            for session, binding, answer, score, threshold, exit in self._chain:
+            for session, binding, score, threshold in self._chain:
                 session.run_with_iobinding(binding)
                 if score.item(0) > threshold:
                     break
+                place += 1
         except Exception as error:
             raise ServeError(f"`stages` must run on one row, got: {_line(error)} Export again.") from error
-        if self.nested:
-            exit = int(self._buffers["exit/-1"][0])
-        return answer, exit
+        answer, exit = self._told[place]
+        return answer, int(self._buffers["exit/-1"][0]) if self.nested else exit
 
     def _check(self, observation: np.ndarray) -> bool:
         """Whether it is a batch; raises ServeError for what is no observation."""
@@ -272,15 +212,19 @@ class Server:
         for port in stage.inputs:
             buffer = self._buffers.get(port.name)
             if port.name == "observation" and buffer is None:
-                buffer = self._buffers.setdefault(port.name, port.buffer())
+                buffer = self._buffers.setdefault(port.name, _buffer(port))
             if buffer is None or buffer.shape[1:] != port.shape or buffer.dtype != port.dtype:
                 raise ServeError(f"`stages` must hand on what the next one reads, got no {port.name!r}. Export again.")
             binding.bind_input(port.name, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
         for port in stage.outputs:
             name = f"{port.name}/{stage.exit}" if port.name in ("answer", "score", "exit") else port.name
-            buffer = self._buffers[name] = port.buffer()
+            buffer = self._buffers[name] = _buffer(port)
             binding.bind_output(port.name, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
         return binding
+
+
+def _buffer(port: Port) -> np.ndarray:
+    return np.zeros((1, *port.shape), dtype=port.dtype)
 
 
 def _options(onnxruntime: Any, threads: int) -> Any:
@@ -320,24 +264,14 @@ def _line(error: Exception) -> str:
     return text if text.endswith(".") else f"{text}."
 
 
-def _read(path: Path, most: int) -> bytes:
-    """The bytes of a regular file, no link; checked before a byte is read."""
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError as error:
-        raise ServeError(f"`{path}` is missing or cannot be read ({error.strerror}). Export again.") from error
-    with os.fdopen(handle, "rb") as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
-            raise ServeError(f"`{path}` must be a regular file. Export again.")
-        if found.st_size > most:
-            raise ServeError(f"`{path}` must have at most {most} bytes, got {found.st_size}.")
-        return file.read(most)
+def limit(thresholds: Sequence[float], exit: int) -> float:
+    """The threshold of an exit in float32, as torch compares it; -inf after the last one, where all rows leave."""
+    return float(np.float32(thresholds[exit])) if 0 <= exit < len(thresholds) else -math.inf
 
 
 def _stage(folder: Path, entry: dict[str, Any], limits: Sequence[float]) -> Stage:
     path = folder / entry["file"]
-    data = _read(path, MAX_FILE_BYTES)
+    data = read_regular(path, MAX_FILE_BYTES)
     if len(data) != entry["bytes"] or hashlib.sha256(data).hexdigest() != entry["sha256"]:
         raise ServeError(f"`{path}` does not match the size or SHA-256 in its manifest. It was altered; export again.")
     try:
@@ -346,56 +280,3 @@ def _stage(folder: Path, entry: dict[str, Any], limits: Sequence[float]) -> Stag
         raise ServeError(f"`{path}` {error}. Serve only what `rlexit export` wrote.") from error
     exit = entry["exit"]
     return Stage(exit, limit(limits, exit), ports(entry["inputs"]), ports(entry["outputs"]), data)
-
-
-def limit(thresholds: Sequence[float], exit: int) -> float:
-    """The threshold of an exit in float32, as torch compares it; -inf after the last one, where all rows leave."""
-    return float(np.float32(thresholds[exit])) if 0 <= exit < len(thresholds) else -math.inf
-
-
-def ports(entries: Sequence[dict[str, Any]]) -> tuple[Port, ...]:
-    """Inputs or outputs as a manifest tells them."""
-    return tuple(Port(one["name"], tuple(one["shape"]), one["dtype"]) for one in entries)
-
-
-def _check_manifest(manifest: dict[str, Any]) -> None:
-    """Types, ranges and names of all that `load` uses; raises ValueError, KeyError or TypeError."""
-    exits, outputs, stages = manifest["exits"], manifest["outputs"], manifest["stages"]
-    if manifest["format"] not in FORMATS:
-        raise ValueError(f"format {str(manifest['format'])[:20]!r}")
-    if type(exits) is not int or type(outputs) is not int or not (1 <= exits <= MAX_STAGES and 1 <= outputs <= 1 << 20):
-        raise ValueError("exits or outputs")
-    if not isinstance(stages, list) or not 1 <= len(stages) <= MAX_STAGES:
-        raise ValueError("stages")
-    if len([float(value) for value in manifest["thresholds"]]) != exits - 1:
-        raise ValueError("thresholds")
-    _check_port({"name": "observation", **manifest["observation"]})
-    nested = manifest["format"] == "onnx-if"
-    previous = -1
-    for number, entry in enumerate(stages):
-        last = number == len(stages) - 1
-        if not _NAME.fullmatch(entry["file"]) or not _HASH.fullmatch(entry["sha256"]) or type(entry["bytes"]) is not int:
-            raise ValueError("file")
-        exit = entry["exit"]
-        if type(exit) is not int or (exit != -1 if nested else not previous < exit < exits or last != (exit == exits - 1)):
-            raise ValueError("exit")
-        previous = exit
-        for port in (*entry["inputs"], *entry["outputs"]):
-            _check_port(port)
-        names = {port["name"] for port in entry["outputs"]}
-        if not ({"answer", "exit"} if nested else {"answer"} if last else {"answer", "score"}) <= names:
-            raise ValueError("outputs")
-        if [port["shape"] for port in entry["outputs"] if port["name"] == "answer"] != [[outputs]]:
-            raise ValueError("answer")
-    if [port for port in stages[0]["inputs"] if port["name"] == "observation"] != [
-        {"name": "observation", "shape": manifest["observation"]["shape"], "dtype": manifest["observation"]["dtype"]}
-    ]:
-        raise ValueError("observation")
-
-
-def _check_port(port: dict[str, Any]) -> None:
-    shape = port["shape"]
-    if not _NAME.fullmatch(port["name"]) or port["dtype"] not in DTYPES or not isinstance(shape, list) or len(shape) > 8:
-        raise ValueError("name, shape or dtype")
-    if any(type(side) is not int or side < 1 for side in shape) or math.prod(shape) > MAX_VALUES:
-        raise ValueError("shape")

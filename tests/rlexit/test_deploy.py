@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlexit import bench, checkpoint, deploy, serve, verbs
+from rlexit import bench, checkpoint, deploy, exported, serve, verbs
 from rlexit.cli import main
 from rlexit.exit_policy import ExitPolicy
 from rlexit.rows import Row, read_latency, write_rows
@@ -92,7 +92,12 @@ def test_export_writes_what_serve_plays_as_run_does(say, root):
     folder = root / "ztw" / "s0" / "export" / LABEL
     assert f"export     {folder}" in out
     assert "256 held-out rows: 0 other actions, 0 other exits" in out
-    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "stage0.onnx", "stage1.onnx", "stage2.onnx"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "manifest.json",
+        "stage0.onnx",
+        "stage1.onnx",
+        "stage2.onnx",
+    ]
     session = toy.session(root)
     network = load_network(session, "ztw")[""]
     rows = torch.cat([toy.observations(seed)[0] for seed in range(40, 60)])
@@ -116,7 +121,7 @@ def test_formats_methods_and_places_can_be_chosen(say, root, words, files):
     code, _, err = say("export", "runs/toy", "--threads", "1", "--rows", "64", *words)
     assert (code, err) == (0, "")
     for place, graphs in files.items():
-        manifest = serve.read_manifest(root / place)
+        manifest = exported.read_manifest(root / place)
         assert len(manifest["stages"]) == graphs
         assert manifest["task"] == "alpha"
         serve.load(root / place).act(np.zeros(toy.OBSERVED, dtype=np.float32))

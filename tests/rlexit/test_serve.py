@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import subprocess
@@ -12,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from rlexit import onnxfile, serve
+from rlexit import exported, onnxfile, serve
 from rlexit.ensembles import ensembles
 from rlexit.export import export
+from rlexit.exported import ServeError
 from rlexit.runtime import run
-from rlexit.serve import MissingExtra, ServeError
+from rlexit.serve import MissingExtra
 from tests.rlexit.toys import EXITS, OUTPUTS, TOYS, parting, staged
 
 onnx = pytest.importorskip("onnx", reason="the extra `export` is not installed")
@@ -48,7 +51,7 @@ def reseal(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Changes a manifest as whoever wrote it could: with a right hash."""
     manifest = json.loads((folder / "manifest.json").read_bytes())
     change(manifest)
-    manifest["sha256"] = serve.digest(manifest)
+    manifest["sha256"] = exported.digest(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -59,8 +62,6 @@ def replace_graph(folder: Path, data: bytes) -> None:
 
 
 def _sha256(data: bytes) -> str:
-    import hashlib
-
     return hashlib.sha256(data).hexdigest()
 
 
@@ -175,7 +176,9 @@ def test_a_missing_or_cut_file_is_named(folder, name):
 
 
 def test_an_export_of_a_newer_rlexit_is_refused(folder):
-    reseal(folder, lambda manifest: manifest.update(schema_version=serve.SCHEMA_VERSION + 1, stages="of another kind"))
+    reseal(
+        folder, lambda manifest: manifest.update(schema_version=exported.SCHEMA_VERSION + 1, stages="of another kind")
+    )
     assert "Update rlexit" in refusal(lambda: serve.load(folder))
 
 
@@ -289,10 +292,8 @@ def test_any_bytes_are_read_or_refused(made, seed):
     data = bytearray((made / "stage0.onnx").read_bytes()[: int(generator.integers(1, 4000))])
     for _ in range(int(generator.integers(1, 30))):
         data[generator.integers(len(data))] = generator.integers(256)
-    try:
-        onnxfile.operators(bytes(data))
-    except onnxfile.OnnxFileError as error:
-        assert "\n" not in str(error)
+    with contextlib.suppress(onnxfile.OnnxFileError):
+        assert onnxfile.operators(bytes(data)) <= onnxfile.OPERATORS
 
 
 def test_without_onnxruntime_the_extra_is_named(made, monkeypatch):
