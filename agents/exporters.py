@@ -63,7 +63,7 @@ def _model(games: AtariVecEnv, settings: object) -> PPO:
             games,
             learning_rate=ppo.learning_rate,
             n_steps=ppo.n_steps,
-            batch_size=ppo.batch_size,
+            batch_size=ppo.n_steps,  # of the one game here; another size would be warned of
             n_epochs=ppo.n_epochs,
             gamma=ppo.gamma,
             gae_lambda=ppo.gae_lambda,

@@ -24,7 +24,7 @@ from rlexit.config import METHODS
 from rlexit.domain import Publisher
 from rlexit.evaluate import method_name
 from rlexit.exit_policy import ExitPolicy
-from rlexit.export import ExportError, export, server_of
+from rlexit.export import ExportError, export, need, server_of
 from rlexit.machine import describe
 from rlexit.network import StagedNetwork
 from rlexit.registry import unknown
@@ -94,10 +94,11 @@ def export_method(session: Session, method: str, kind: str, label: str | None, t
     """
     if kind not in FORMATS:
         raise unknown("--format", kind, FORMATS)
-    hold(session.root)
     if kind == "sb3":
         return _publish(session, to)
+    need(kind)
     network, policy = subject(session, method, label)
+    hold(session.root)
     folder = session.teacher if method == TEACHERS else session.method(method)
     target = to or folder / "export" / (_file_name(policy.label) + ("-if" if kind == "onnx-if" else ""))
     name = "" if method == TEACHERS else weights_hash(folder, POLICY)
@@ -128,6 +129,7 @@ def _publish(session: Session, to: Path | None) -> Path:
     if not isinstance(session.domain, Publisher):
         raise ExportError(f"`--format` sb3 is for policies, got {session.domain.task}. Use --format onnx.")
     session.domain.accept(made(session.teacher, TEACHER, "train"))
+    hold(session.root)
     path = to or session.teacher / "export" / f"{_file_name(session.domain.task)}.zip"
     if path.is_dir():
         raise ExportError(f"`--to` must be a file for --format sb3, got the folder `{path}`. Name a zip in it.")
@@ -166,9 +168,9 @@ def bench(session: Session, method: str, label: str | None, count: int, repeats:
     """
     if method == TEACHERS or (method in METHODS and METHODS[method].static):
         raise ExportError(f"`--method` must be one with exits, got {method}. Use --methods ztw.")
-    hold(session.root)
     network, policy = subject(session, method, label)
     teacher, whole = subject(session, TEACHERS, None)
+    hold(session.root)
     held = _rows(session, network, policy, HELD_OUT)
     left = np.concatenate([run(network, policy, part).exits.numpy() for part in held.split(256)])
     shares, source = _recorded_mix(session, method, policy)

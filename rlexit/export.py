@@ -92,7 +92,7 @@ def export(
         ExportError: the network cannot be exported, or the export acts otherwise; nothing is written then.
         MissingExtra: onnx or onnxruntime is not installed.
     """
-    _need(kind)
+    need(kind)
     if not len(rows):
         raise ExportError("`rows` must hold observations to check the export on, got none.")
     if folder.exists() and not (folder / exported.MANIFEST).is_file() and any(folder.iterdir()):
@@ -127,7 +127,7 @@ def server_of(network: StagedNetwork, policy: ExitPolicy, rows: Tensor) -> serve
     Raises:
         ExportError: the network cannot be exported, or the export acts otherwise.
     """
-    _need("onnx")
+    need("onnx")
     graphs = stage_graphs(network, policy, rows[:1].cpu())
     stages = []
     for graph in graphs:
@@ -188,8 +188,8 @@ def _gap(network: StagedNetwork, row: Tensor, exit: int) -> float:
     return float((first - second).min())
 
 
-def _need(kind: str) -> None:
-    """Refuses a format that is not known, or whose libraries are not there, before any work."""
+def need(kind: str) -> None:
+    """Raises ExportError for a format that is not known, MissingExtra where its libraries are not there."""
     if kind not in exported.FORMATS:
         raise ExportError(f"`--format` must be one of {', '.join(exported.FORMATS)}, got {kind!r}.")
     serve.runtime()

@@ -39,7 +39,7 @@ def test_stock_sb3_opens_the_exported_teacher_and_acts_as_it_does(tmp_path, fold
     network = nature_network(6)
     load_sb3(network, checkpoint.load(folder, "teacher")[0])
     with torch.no_grad():
-        features = model.policy.extract_features(torch.from_numpy(FRAMES).float() / 255)
+        features = model.policy.extract_features(torch.from_numpy(FRAMES))
         logits = model.policy.action_net(features)
         torch.testing.assert_close(logits, network(torch.from_numpy(FRAMES)).logits[:, -1], atol=1e-5, rtol=1e-5)
     actions, _ = model.predict(FRAMES, deterministic=True)

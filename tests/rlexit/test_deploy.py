@@ -6,7 +6,7 @@ import importlib.util
 import json
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 
 from rlexit import bench, checkpoint, deploy, exported, serve, verbs
 from rlexit.cli import main
+from rlexit.domain import Watch
 from rlexit.exit_policy import ExitPolicy
 from rlexit.rows import Row, read_latency, write_rows
 from rlexit.runtime import run
@@ -32,7 +33,7 @@ def calibrated(session: Session, method: str = "ztw") -> ExitPolicy:
     """Puts an exit policy by which some rows leave at every exit where calibration would put one."""
     folder = session.method(method)
     network = load_network(session, method)[""]
-    rows = session.domain.rows(network, ExitPolicy.full(3), 1, None)  # type: ignore[arg-type]
+    rows = session.domain.rows(network, ExitPolicy.full(3), 1, Watch())
     scores = run(network, ExitPolicy("confidence", (2.0, 2.0)), rows).scores
     policy = ExitPolicy("confidence", tuple(scores[:, :2].median(dim=0).values.tolist()), LABEL, {"target": LABEL})
     facts = {"policies": [policy.to_json()], "missed": [], "policy": weights_hash(folder, "policy")}
@@ -64,7 +65,7 @@ def root(trained, tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def say(root, monkeypatch, capsys) -> Say:
+def say(root, monkeypatch, capsys) -> Iterator[Say]:
     def tell(*words: str) -> tuple[int, str, str]:
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", ["rlexit", *words])
@@ -72,7 +73,10 @@ def say(root, monkeypatch, capsys) -> Say:
         out, err = capsys.readouterr()
         return code, out, err
 
-    return tell
+    threads = torch.get_num_threads()
+    yield tell
+    torch.set_num_threads(threads)
+    torch.set_flush_denormal(False)
 
 
 def refusal(answer: tuple[int, str, str]) -> str:
