@@ -24,7 +24,8 @@ from rlexit.config import METHODS
 from rlexit.domain import Publisher
 from rlexit.evaluate import method_name
 from rlexit.exit_policy import ExitPolicy
-from rlexit.export import ExportError, export, need, server_of
+from rlexit.export import export, need, server_of
+from rlexit.graphs import ExportError
 from rlexit.machine import describe
 from rlexit.network import StagedNetwork
 from rlexit.registry import unknown

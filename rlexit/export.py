@@ -132,8 +132,8 @@ def server_of(network: StagedNetwork, policy: ExitPolicy, rows: Tensor) -> serve
     stages = []
     for graph in graphs:
         exit = graph.plan.exits[-1]
-        ports = (exported.ports(_port_facts(side)) for side in (graph.inputs, graph.outputs))
-        stages.append(serve.Stage(exit, serve.limit(policy.thresholds, exit), *ports, graph.data))
+        inputs, outputs = (exported.ports(_port_facts(side)) for side in (graph.inputs, graph.outputs))
+        stages.append(serve.Stage(exit, serve.limit(policy.thresholds, exit), inputs, outputs, graph.data))
     server = serve.Server(_shape_facts(network, rows) | {"format": "onnx"}, stages)
     found = compare(network, policy, server, rows)
     if not found.holds:
@@ -154,7 +154,7 @@ def compare(network: StagedNetwork, policy: ExitPolicy, server: serve.Server, ro
         # NaN is a difference, which a comparison would pass over.
         answers = max(answers, float(np.nan_to_num(difference[~moved], nan=np.inf).max(initial=0.0)))
         actions, exits = actions + int(told.sum()), exits + int(moved.sum())
-        for row in np.flatnonzero(moved | told):
+        for row in np.flatnonzero(moved | told).tolist():
             if moved[row]:
                 exit = int(min(left[row], got.exits[row]))
                 distance = abs(float(wanted.scores[row, exit]) - policy.thresholds[exit])

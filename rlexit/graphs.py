@@ -242,7 +242,7 @@ def _trace(module: nn.Module, inputs: tuple[Tensor, ...], names: list[str], outp
             torch.onnx.export(
                 module,
                 inputs,
-                file,
+                file,  # type: ignore[arg-type]  # this exporter writes to memory as well
                 dynamo=False,
                 opset_version=OPSET,
                 input_names=names,

@@ -195,7 +195,7 @@ class Server:
         answer, exit = self._told[place]
         return answer, int(self._buffers["exit/-1"][0]) if self.nested else exit
 
-    def _check(self, observation: np.ndarray) -> bool:
+    def _check(self, observation: Any) -> bool:
         """Whether it is a batch; raises ServeError for what is no observation."""
         if not isinstance(observation, np.ndarray) or observation.dtype != self.dtype:
             got = observation.dtype if isinstance(observation, np.ndarray) else type(observation).__name__
