@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from agents import envs, rollouts, teacher, zoo
+from agents.actor import ExitingActor
 from agents.backbones.nature import FRAMES, SIDE, initialise, load_sb3, nature_network
 from agents.config import AgentsConfig
+from agents.exporters import save_sb3
 from agents.importers import import_sb3
 from rlexit import checkpoint
 from rlexit.costs import cost_table
@@ -30,6 +32,8 @@ MAX_EPISODES = 1_000_000
 # Held-out observations are taken from so many whole games, at first every so many steps: neighbours are nearly equal.
 ROW_GAMES = 16
 ROW_SPACING = 8
+# More rows than these are there only if every step is taken.
+FEW_ROWS = 4096
 
 
 def episode_seed(split: Split, episode: int) -> int:
@@ -138,7 +142,7 @@ class AgentsDomain:
         settings = self.config.evaluate
         jobs = [rollouts.Job(0, episode, episode_seed("calibration", episode)) for episode in range(ROW_GAMES)]
         seen: list[np.ndarray] = []
-        ticks, spacing = 0, ROW_SPACING
+        ticks, spacing = 0, ROW_SPACING if count <= FEW_ROWS else 1
 
         def keep(observations: np.ndarray) -> None:
             nonlocal ticks, spacing
@@ -165,8 +169,9 @@ class AgentsDomain:
             pass
         if watch.stop():
             raise Stopped
-        held = np.concatenate(seen)
-        rows = torch.from_numpy(held[np.linspace(0, len(held) - 1, min(count, len(held))).astype(np.int64)])
+        held = [row for observations in seen for row in observations]
+        chosen = np.linspace(0, len(held) - 1, min(count, len(held))).astype(np.int64)
+        rows = torch.from_numpy(np.stack([held[index] for index in chosen]))
         if whole:
             self._teacher_rows = count, rows
         return rows
@@ -219,6 +224,15 @@ class AgentsDomain:
     def adopt(self, path: Path, folder: Path) -> None:
         """Makes a zip of stable-baselines3 the teacher."""
         import_sb3(path, folder, self.config.env)
+
+    def publish(self, folder: Path, path: Path) -> None:
+        """Writes the teacher as a zip for `PPO.load` of stable-baselines3."""
+        save_sb3(folder, self.config.env, path)
+
+    def predictor(self, network: StagedNetwork, policy: ExitPolicy) -> Callable[[np.ndarray], object]:
+        """`predict` of stable-baselines3 on the actor."""
+        actor = ExitingActor(network, policy)
+        return partial(actor.predict, deterministic=True)
 
 
 def domain(config: AgentsConfig) -> AgentsDomain:

@@ -23,6 +23,8 @@ VERBS = {
     "evaluate": "play test episodes at a grid of thresholds and at the calibrated ones",
     "report": "tables, plots and one HTML page from any run folders",
     "video": "one episode with exit, confidence and action drawn beside the frame",
+    "export": "ONNX graphs that rlexit.serve runs without torch (--format onnx, onnx-if), or a zip for SB3 (sb3)",
+    "bench": "latency of single decisions: torch, SB3's predict, onnxruntime; every exit and the evaluated mix",
     "list": "configs, games, methods, rules, runs",
     "doctor": "versions, ROMs, threads, extras and what is missing",
 }
@@ -131,6 +133,18 @@ def _common(verb: str) -> argparse.ArgumentParser:
         parser.add_argument("--episode", type=int, default=0, help="index of the test episode")
         parser.add_argument("--policy", default=None, help="label of a calibrated exit policy (default: the first)")
         parser.add_argument("--steps", type=int, default=450, help="at most so many env steps")
+    if verb in ("export", "bench"):
+        parser.add_argument("--method", default=None, help="with exits; for export also static or teacher")
+        parser.add_argument("--policy", default=None, help="calibrated exit policy, 'exit 0', ... (default: the first)")
+    if verb == "export":
+        parser.add_argument("--format", default="onnx", help="onnx (a graph per stage), onnx-if (one graph) or sb3")
+        parser.add_argument(
+            "--to", type=Path, default=None, metavar="PATH", help="default: export/ in the method's folder"
+        )
+        parser.add_argument("--rows", type=int, default=10_000, help="held-out observations that it is checked on")
+    if verb == "bench":
+        parser.add_argument("--rows", type=int, default=300, help="decisions timed per contender and repeat")
+        parser.add_argument("--repeats", type=int, default=7, help="contenders take turns so often")
     return parser
 
 

@@ -180,6 +180,36 @@ def _video(session: Session, options: argparse.Namespace, method: str = "") -> N
     session.console.print(f"video      {path}")
 
 
+def _with_exits(session: Session, method: str | None) -> str:
+    if method is not None:
+        return method
+    exiting = [name for name in session.methods if not METHODS[name].static]
+    if not exiting:
+        raise ValueError("`--methods` must name one with exits, got static only. Use --method ztw.")
+    return exiting[0]
+
+
+def _export(session: Session, options: argparse.Namespace) -> None:
+    from rlexit import deploy
+
+    if options.rows < 1:
+        raise ValueError(f"`--rows` must be at least 1, got {options.rows}.")
+    method = _with_exits(session, options.method)
+    path = deploy.export_method(session, method, options.format, options.policy, options.to, options.rows)
+    session.console.print(f"export     {path}")
+
+
+def _bench(session: Session, options: argparse.Namespace) -> None:
+    from rlexit import deploy
+
+    for name in ("rows", "repeats"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"`--{name}` must be at least 1, got {getattr(options, name)}.")
+    method = _with_exits(session, options.method)
+    path = deploy.bench(session, method, options.policy, options.rows, options.repeats)
+    session.console.print(f"bench      {path}")
+
+
 WORK: dict[str, Callable[[Any, argparse.Namespace], None]] = {
     "run": _run,
     "train": _train,
@@ -188,6 +218,8 @@ WORK: dict[str, Callable[[Any, argparse.Namespace], None]] = {
     "calibrate": _each_method("calibrate"),
     "evaluate": _each_method("evaluate"),
     "video": _video,
+    "export": _export,
+    "bench": _bench,
 }
 
 

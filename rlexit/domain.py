@@ -156,3 +156,16 @@ class Filming(Protocol):
     ) -> list[Path]:
         """Writes one test episode, or its first `steps` decisions, as animations: a WebP and a GIF, in this order."""
         ...
+
+
+@runtime_checkable
+class Publisher(Protocol):
+    """A domain whose teachers another library opens, and whose actors can be asked as that library asks its own."""
+
+    def publish(self, folder: Path, path: Path) -> None:
+        """Writes the teacher in `folder` as a file of the other library."""
+        ...
+
+    def predictor(self, network: StagedNetwork, policy: ExitPolicy) -> Callable[[np.ndarray], object]:
+        """From an observation to an action, by the other library's own way; for comparing speed."""
+        ...

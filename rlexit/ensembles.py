@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -40,6 +40,10 @@ class Ensemble(nn.Module):
             (B, A) log-probabilities, normalised.
         """
         raise TypeError(f"`{type(self).__name__}` must implement `combine`.")
+
+    def from_logits(self, logits: Sequence[Float[Tensor, "batch outputs"]]) -> Float[Tensor, "batch outputs"]:
+        """`combine` of raw logits, one (B, A) per exit so far: what is exported."""
+        return self.combine(torch.stack(list(logits), dim=1).log_softmax(dim=-1))
 
     def weights(self) -> list[Float[Tensor, " so_far"]]:
         """(exit + 1,) shares of the exits so far, summing to 1, for each fitted exit; empty where nothing is weighted."""
@@ -116,6 +120,17 @@ class GeometricEnsemble(_Weighted):
 
     def _mixed(self, shares: Tensor, log_probabilities: Tensor, log_bias: Tensor) -> Tensor:
         return (torch.matmul(shares, log_probabilities) + log_bias).log_softmax(dim=-1)
+
+    def from_logits(self, logits: Sequence[Float[Tensor, "batch outputs"]]) -> Float[Tensor, "batch outputs"]:
+        """The same in a third of the operators: what normalises each exit shifts all outputs alike and cancels."""
+        exit = len(logits) - 1
+        if exit >= self.exits:
+            return logits[-1].log_softmax(dim=-1)
+        weights = (self.log_weights[exit].exp() / (exit + 1)).tolist()
+        mixed = self.log_bias[exit]
+        for weight, own in zip(weights, logits, strict=True):
+            mixed = mixed + weight * own
+        return mixed.log_softmax(dim=-1)
 
 
 @ensembles.register("additive")

@@ -79,7 +79,7 @@ def run(
         _check(thresholds, (len(inputs), early))
         thresholds = thresholds.to(inputs.device)
     if budgets is None:
-        built = _built(network, rule, shared if thresholds is None else list(thresholds.unbind(dim=1)))
+        built = exits_to_build(network, rule, shared if thresholds is None else list(thresholds.unbind(dim=1)))
     state = network.begin(inputs, memory, path)
     batch = len(state)
     left: list[ExitState] = []
@@ -169,7 +169,7 @@ def _check(thresholds: Float[Tensor, "rows limits"], shape: tuple[int, int]) -> 
         raise ValueError("`thresholds` must be numbers, got nan. Use inf to close an exit.")
 
 
-def _built(network: StagedNetwork, rule: Rule, limits: Sequence[Any]) -> list[Any]:
+def exits_to_build(network: StagedNetwork, rule: Rule, limits: Sequence[Any]) -> list[Any]:
     """Which early exits must be built: one bool each, or (B,) bools where the rows differ.
 
     An exit by which nobody may leave is built only if a later one that is built reads it: a patience-like rule or an

@@ -29,5 +29,11 @@ class PatienceRule:
     def score(self, state: ExitState) -> Float[Tensor, " batch"]:
         """Length of the streak."""
         choices = state.logits.argmax(dim=-1)
-        same = (choices == choices[:, -1:]).flip(1).to(torch.int64)
-        return same.cumprod(dim=1).sum(dim=1).to(state.logits.dtype)
+        same = (choices == choices[:, -1:]).to(torch.int64)
+        # A running product in plain multiplications: ONNX has no `cumprod`.
+        going_on = same[:, -1]
+        streak = going_on
+        for exit in reversed(range(same.shape[1] - 1)):
+            going_on = going_on * same[:, exit]
+            streak = streak + going_on
+        return streak.to(state.logits.dtype)

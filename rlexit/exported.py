@@ -1,0 +1,147 @@
+"""What the folder of an export says and holds, checked before anything of it is used. Needs the standard library only.
+
+A manifest lists the graphs with their sizes and hashes, and carries a hash of itself. Hashes show damage, not intent:
+whoever wrote a manifest may have written anything, so types, ranges and names are checked as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+FORMATS = ("onnx", "onnx-if")
+MAX_MANIFEST_BYTES = 1 << 20
+MAX_FILE_BYTES = 512 << 20
+MAX_STAGES = 256
+MAX_VALUES = 1 << 24
+DTYPES = ("uint8", "float32", "int64")
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+_HASH = re.compile(r"[0-9a-f]{64}")
+
+
+class ServeError(ValueError):
+    """An export cannot be served, or an observation does not fit it; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Port:
+    """A named input or output of a graph, and one row of it."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def digest(manifest: dict[str, Any]) -> str:
+    """SHA-256 of a manifest without its own hash, in canonical JSON."""
+    body = {key: value for key, value in manifest.items() if key != "sha256"}
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Reads and checks the manifest of an export.
+
+    Raises:
+        ServeError: see `load`.
+    """
+    path = folder / MANIFEST
+    data = read_regular(path, MAX_MANIFEST_BYTES)
+    try:
+        manifest = json.loads(data)
+        version, stated, found = manifest["schema_version"], manifest["sha256"], digest(manifest)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ServeError(f"`{path}` is cut or no manifest of an export. Export again.") from error
+    if type(version) is int and version > SCHEMA_VERSION:
+        raise ServeError(f"`{path}` has schema {version}, this rlexit reads up to {SCHEMA_VERSION}. Update rlexit.")
+    if found != stated:
+        raise ServeError(f"`{path}` does not match its own SHA-256. It was altered; export again.")
+    try:
+        _check_manifest(manifest)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ServeError(f"`{path}` is no manifest of an export ({error!r}). Export again.") from error
+    return dict(manifest)
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """The bytes of a regular file, no link; raises ServeError before a byte is read."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        raise ServeError(f"`{path}` is missing or cannot be read ({error.strerror}). Export again.") from error
+    with os.fdopen(handle, "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise ServeError(f"`{path}` must be a regular file. Export again.")
+        if found.st_size > most:
+            raise ServeError(f"`{path}` must have at most {most} bytes, got {found.st_size}.")
+        return file.read(most)
+
+
+def ports(entries: Sequence[dict[str, Any]]) -> tuple[Port, ...]:
+    """Inputs or outputs as a manifest tells them."""
+    return tuple(Port(one["name"], tuple(one["shape"]), one["dtype"]) for one in entries)
+
+
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    """Types, ranges and names of all that `load` uses; raises ValueError, KeyError or TypeError."""
+    exits, outputs, stages = manifest["exits"], manifest["outputs"], manifest["stages"]
+    if manifest["format"] not in FORMATS:
+        raise ValueError(f"format {str(manifest['format'])[:20]!r}")
+    if type(exits) is not int or type(outputs) is not int or not (1 <= exits <= MAX_STAGES and 1 <= outputs <= 1 << 20):
+        raise ValueError("exits or outputs")
+    if not isinstance(stages, list) or not 1 <= len(stages) <= MAX_STAGES:
+        raise ValueError("stages")
+    if len([float(value) for value in manifest["thresholds"]]) != exits - 1:
+        raise ValueError("thresholds")
+    _check_port({"name": "observation", **manifest["observation"]})
+    nested = manifest["format"] == "onnx-if"
+    previous = -1
+    for number, entry in enumerate(stages):
+        last = number == len(stages) - 1
+        if (
+            not _NAME.fullmatch(entry["file"])
+            or not _HASH.fullmatch(entry["sha256"])
+            or type(entry["bytes"]) is not int
+        ):
+            raise ValueError("file")
+        exit = entry["exit"]
+        if type(exit) is not int or (
+            exit != -1 if nested else not previous < exit < exits or last != (exit == exits - 1)
+        ):
+            raise ValueError("exit")
+        previous = exit
+        for port in (*entry["inputs"], *entry["outputs"]):
+            _check_port(port)
+        names = {port["name"] for port in entry["outputs"]}
+        if not ({"answer", "exit"} if nested else {"answer"} if last else {"answer", "score"}) <= names:
+            raise ValueError("outputs")
+        if [port["shape"] for port in entry["outputs"] if port["name"] == "answer"] != [[outputs]]:
+            raise ValueError("answer")
+    if [port for port in stages[0]["inputs"] if port["name"] == "observation"] != [
+        {"name": "observation", "shape": manifest["observation"]["shape"], "dtype": manifest["observation"]["dtype"]}
+    ]:
+        raise ValueError("observation")
+
+
+def _check_port(port: dict[str, Any]) -> None:
+    shape = port["shape"]
+    if (
+        not _NAME.fullmatch(port["name"])
+        or port["dtype"] not in DTYPES
+        or not isinstance(shape, list)
+        or len(shape) > 8
+    ):
+        raise ValueError("name, shape or dtype")
+    if any(type(side) is not int or side < 1 for side in shape) or math.prod(shape) > MAX_VALUES:
+        raise ValueError("shape")

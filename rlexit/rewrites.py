@@ -1,0 +1,151 @@
+"""Exact rewrites of a network for export: the same function in operators that ONNX has, and in fewer of them.
+
+At batch 1 an operator costs a runtime 1 to 3 us however small it is, and a head has as many of them as a backbone. What is
+linear is therefore folded into the weights beside it: the mix of max and average pooling and the repetition of small maps
+into the head's linear layer, the division of frames by 255 into the first convolution. Equal in real numbers; in float32
+within rounding, which the parity check of `rlexit.export` measures.
+"""
+
+from __future__ import annotations
+
+import copy
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rlexit.heads import Head, PooledConvHead, SDNPool
+from rlexit.network import StagedNetwork
+
+WHITE = 255
+
+
+class WindowPool(nn.Module):
+    """`SDNPool` for maps of one known size: adaptive pooling written as windows, which ONNX can say.
+
+    Output i of n reads positions floor(i * size / n) up to ceil((i + 1) * size / n) of each side. For 5 to 4 these are
+    windows of 2 at stride 1; a map that is enlarged (2 to 4) only repeats its values.
+
+    Args:
+        pool: the original.
+        size: (H, W) of the map.
+    """
+
+    def __init__(self, pool: SDNPool, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.mix = float(pool.mix.detach())
+        self.windows = [
+            [(index * length // pool.side, -(-(index + 1) * length // pool.side)) for index in range(pool.side)]
+            for length in size
+        ]
+        kernels = [{end - begin for begin, end in axis} for axis in self.windows]
+        strides = [{late[0] - early[0] for early, late in pairwise(axis)} for axis in self.windows]
+        self.single = all(kernel == {1} for kernel in kernels)
+        self.regular = all(len(kernel) == 1 for kernel in kernels) and all(
+            len(stride) <= 1 and 0 not in stride for stride in strides
+        )
+        self.kernel = tuple(min(kernel) for kernel in kernels)
+        self.stride = tuple(max(stride, default=1) for stride in strides)
+
+    def both(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) to the largest and the average of each window, (B, C, side, side) each."""
+        if self.regular:
+            return (
+                functional.max_pool2d(features, self.kernel, self.stride),
+                functional.avg_pool2d(features, self.kernel, self.stride),
+            )
+        largest = average = features
+        for dim, axis in enumerate(self.windows, start=2):
+            parts = [(begin, end - begin) for begin, end in axis]
+            largest = torch.cat([largest.narrow(dim, *part).amax(dim=dim, keepdim=True) for part in parts], dim)
+            average = torch.cat([average.narrow(dim, *part).mean(dim=dim, keepdim=True) for part in parts], dim)
+        return largest, average
+
+
+class RewrittenHead(Head):
+    """`PooledConvHead` for maps of one known size.
+
+    Args:
+        head: the original; left as it is.
+        size: (H, W) of the map that is pooled.
+    """
+
+    def __init__(self, head: PooledConvHead, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.reads_previous = head.reads_previous
+        self.conv = copy.deepcopy(head.conv)
+        self.pool = WindowPool(head.pool, size)
+        self.norm = copy.deepcopy(head.cascade.norm) if head.cascade is not None else None
+        weight, side = head.linear.weight.detach(), head.pool.side
+        outputs = len(weight)
+        channels = (weight.shape[1] - (outputs if head.reads_previous else 0)) // side**2
+        pooled = weight[:, : channels * side**2]
+        if self.pool.single:
+            rows, columns = ([begin for begin, _ in axis] for axis in self.pool.windows)
+            folded = weight.new_zeros((outputs, channels, *size))
+            for down, row in enumerate(rows):
+                for right, column in enumerate(columns):
+                    folded[:, :, row, column] += pooled.unflatten(1, (channels, side, side))[:, :, down, right]
+            pooled = folded.flatten(1)
+        else:
+            pooled = torch.cat([self.pool.mix * pooled, (1 - self.pool.mix) * pooled], dim=1)
+        weight = torch.cat([pooled, weight[:, channels * side**2 :]], dim=1)
+        self.linear = nn.Linear(weight.shape[1], outputs)
+        self.linear.weight = nn.Parameter(weight)
+        self.linear.bias = nn.Parameter(head.linear.bias.detach().clone())
+
+    def forward(self, features: Tensor, previous: Tensor | None = None) -> Tensor:
+        """Features (B, C, H, W) to logits (B, A)."""
+        mixed = functional.relu(self.conv(features))
+        flat = mixed.flatten(1) if self.pool.single else torch.cat(self.pool.both(mixed), dim=1).flatten(1)
+        if self.norm is not None:
+            flat = torch.cat([flat, self.norm(previous)], dim=1)
+        return self.linear(flat)
+
+
+@torch.no_grad()
+def rewritten(network: StagedNetwork, example: Tensor) -> StagedNetwork:
+    """A copy of a network on the CPU with its heads and its first convolution rewritten; feed it by `prepared`.
+
+    Args:
+        network: left as it is.
+        example: (B, ...) raw inputs.
+    """
+    copied = copy.deepcopy(network).cpu().eval()
+    sizes: dict[nn.Module, tuple[int, int]] = {}
+
+    def note(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        sizes[module] = (int(inputs[0].shape[2]), int(inputs[0].shape[3]))
+
+    pools = [module for module in copied.modules() if isinstance(module, SDNPool)]
+    handles = [pool.register_forward_pre_hook(note) for pool in pools]
+    copied(example)
+    for handle in handles:
+        handle.remove()
+    for name, head in list(copied.heads.items()):
+        if isinstance(head, PooledConvHead):
+            copied.heads[name] = RewrittenHead(head, sizes[head.pool])
+    first = _scaled(copied) if example.dtype == torch.uint8 else None
+    if first is not None:
+        first.weight /= WHITE
+        copied.rewritten_scale = True  # type: ignore[assignment]
+    return copied
+
+
+def prepared(network: StagedNetwork, inputs: Tensor) -> Tensor:
+    """What the first unit of a rewritten network reads; the division of frames may be in its weights."""
+    if getattr(network, "rewritten_scale", False):
+        return inputs.to(torch.float32)
+    return network.prepare(inputs)
+
+
+def _scaled(network: StagedNetwork) -> Any:
+    """The convolution that alone reads the frames, if that is what the network begins with."""
+    if type(network).prepare is not StagedNetwork.prepare:
+        return None
+    unit: Any = network.units[network.unit_names[0]]
+    module = getattr(unit, "module", None)
+    first = module[0] if isinstance(module, nn.Sequential) and len(module) else module
+    return first if isinstance(first, nn.Conv2d) and first.padding_mode == "zeros" else None
