@@ -60,5 +60,5 @@ $(RUNTIME): | $(BIN)/python
 
 $(DEV): $(RUNTIME)
 	@echo "rlexit: installing the tools of tests and checks into $(VENV) (once)"
-	@$(PIP) --constraint $(VENV)/constraints.txt --editable '.[dev,vision]'
+	@$(PIP) --constraint $(VENV)/constraints.txt --editable '.[dev,vision,export]'
 	@touch $@

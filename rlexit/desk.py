@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 LISTS = ("configs", "games", "methods", "rules", "runs")
 EXTRAS = {
     "vision": ("datasets", "kornia"),
-    "export": ("onnx", "onnxscript", "onnxruntime"),
+    "export": ("onnx", "onnxruntime"),
     "openvino": ("openvino",),
     "cluster": ("ray",),
 }
