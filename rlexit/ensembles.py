@@ -88,7 +88,7 @@ class _Weighted(Ensemble):
 
     def combine(self, log_probabilities: Float[Tensor, "batch exits outputs"]) -> Float[Tensor, "batch outputs"]:
         """(B, m, A) to (B, A); a later exit than those fitted answers for itself."""
-        exit = log_probabilities.shape[1] - 1
+        exit = int(log_probabilities.shape[1]) - 1
         if exit >= self.exits:
             return log_probabilities[:, -1]
         return self._mixed(self._shares(exit), log_probabilities, self.log_bias[exit])
