@@ -224,13 +224,16 @@ WORK: dict[str, Callable[[Any, argparse.Namespace], None]] = {
 
 
 def _report(runs: Sequence[Path], folder: Path, out: Console, allow_mixed: bool = False) -> None:
-    from rlexit.report import write_report
+    from rlexit.report import find_runs, write_report
     from rlexit.rows import read_latency, read_rows
     from rlexit.tables import summary_rows, summary_table
 
     page = write_report(runs, folder, allow_mixed)
-    rows = [row for run in runs for path in sorted(run.glob("**/eval/episodes.csv")) for row in read_rows(path)]
-    latency = [row for run in runs for path in sorted(run.glob("**/eval/latency.csv")) for row in read_latency(path)]
+    evaluated = [run / "eval" for run in find_runs(runs, folder)]
+    rows = [row for path in evaluated if (path / "episodes.csv").is_file() for row in read_rows(path / "episodes.csv")]
+    latency = [
+        row for path in evaluated if (path / "latency.csv").is_file() for row in read_latency(path / "latency.csv")
+    ]
     out.print(summary_table(summary_rows(rows, latency)))
     out.print(f"report     {page.with_suffix('.html')}")
     out.print(f"plots      {folder / 'plots'}")

@@ -147,7 +147,7 @@ def calibrate(session: Session, method: str) -> list[ExitPolicy]:
 def _candidates(
     session: Session, method: str, network: StagedNetwork, scores: calibration.Scores
 ) -> tuple[list[calibration.Candidate], list[float], float]:
-    """Plays a grid of thresholds, the teacher and a random actor on calibration episodes."""
+    """Plays a grid of thresholds, the teacher and a random actor on certification episodes."""
     settings = session.domain.config.calibrate
     full = scores.costs.full
     # Not the method's own network: its ensemble may have a say in the last exit too.
