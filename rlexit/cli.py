@@ -10,9 +10,13 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rlexit import __version__
 from rlexit.registry import unknown
+
+if TYPE_CHECKING:
+    from rlexit.settings import Parser
 
 VERBS = {
     "run": "train, distill, calibrate, evaluate and report, skipping what is done",
@@ -103,7 +107,7 @@ def _dispatch(words: list[str]) -> int:
     return _run_verb(verb, rest)
 
 
-def _common(verb: str) -> argparse.ArgumentParser:
+def _common(verb: str) -> Parser:
     from rlexit.settings import Parser
 
     parser = Parser(
@@ -149,7 +153,10 @@ def _common(verb: str) -> argparse.ArgumentParser:
 
 
 def _run_verb(verb: str, words: list[str]) -> int:
-    options, settings = _common(verb).parse_known_args(words)
+    parser = _common(verb)
+    words, settings = _parted(words, parser)
+    options, left = parser.parse_known_args(words)
+    settings += left
     from rlexit.settings import locate, resolve, to_yaml
 
     place = locate(options.name, options.out)
@@ -167,6 +174,22 @@ def _run_verb(verb: str, words: list[str]) -> int:
     from rlexit import desk
 
     return desk.work(verb, options, config, place, seeds)
+
+
+def _parted(words: Sequence[str], parser: Parser) -> tuple[list[str], list[str]]:
+    """Words for the verb's own parser, and settings; a setting takes one value, so it may also stand before NAME."""
+    own: list[str] = []
+    settings: list[str] = []
+    left = iter(words)
+    for word in left:
+        name, equals, _ = word.partition("=")
+        if not name.startswith("--") or name == "--" or name in parser.flags:
+            own.append(word)
+        elif equals or word == PRINT_CONFIG:
+            settings.append(word)
+        else:
+            settings += [word, *(value for value in (next(left, None),) if value is not None)]
+    return own, settings
 
 
 def _shorthand(word: str) -> str:

@@ -77,15 +77,19 @@ class DistillConfig:
     """How early exits learn from the frozen teacher.
 
     The defaults depart from the paper's code, which collects from 8 games, learns in fp32 in minibatches of 64 (128 for the
-    ensembles, for which it collects another million samples); the preset `reference` is nearer to it and much slower.
+    ensembles, for which it collects another million samples) at a rate that starts at 0.01 and falls in steps; the preset
+    `reference` is nearer to it and much slower.
 
     Args:
         steps: samples collected to train the heads (env steps for policies).
         ensemble_steps: further samples on which the ensembles are fitted.
         batch_size: of a minibatch.
         epochs: passes over each collected buffer.
-        learning_rate: of Adam, at first.
-        decay_at: shares of the steps after which the rate falls to a tenth and to a hundredth.
+        learning_rate: of Adam, at its highest.
+        schedule: `cosine` (down to nothing) or `steps` (to a tenth and to a hundredth, at `decay_at`).
+        warmup: share of the steps in which the rate rises from nothing. A head that starts at the full rate loses up to two
+            thirds of its channels for good, because their ReLU never opens again.
+        decay_at: `steps` only: shares of the steps after which the rate falls.
         label_weight: weight of the cross-entropy to the sample's label, or to the teacher's likeliest output where samples
             have none; the rest is KL(teacher || exit). Classifiers learn from labels alone: 1.
         weight_decay: L2 of whatever is trained but the ensembles.
@@ -98,14 +102,15 @@ class DistillConfig:
         static_widths: `static` only: channel multipliers of the small networks; 0.54 costs what NatureCNN's first exit
             costs, 0.65 half of the full network.
         static_learning_rate: `static` only: in place of `learning_rate`, which is made for small heads.
-        static_decay_at: `static` only: in place of `decay_at`, likewise.
     """
 
     steps: int = 1_000_000
     ensemble_steps: int = 40_000
     batch_size: int = 256
     epochs: int = 5
-    learning_rate: float = 0.01
+    learning_rate: float = 0.005
+    schedule: str = "cosine"
+    warmup: float = 0.05
     decay_at: tuple[float, float] = (0.1, 0.75)
     label_weight: float = 0.0
     weight_decay: float = 0.0
@@ -114,8 +119,7 @@ class DistillConfig:
     precision: str = "bf16"
     frozen_precision: str = "fp32"
     static_widths: tuple[float, ...] = (0.54, 0.65)
-    static_learning_rate: float = 0.0005
-    static_decay_at: tuple[float, float] = (0.7, 0.9)
+    static_learning_rate: float = 0.001
 
     def __post_init__(self) -> None:
         for name in ("steps", "ensemble_steps", "batch_size", "epochs", "checkpoint_buffers"):
@@ -130,9 +134,10 @@ class DistillConfig:
         fits = self.frozen_precision == "fp32" or self.precision == "bf16"
         require(fits, "distill.frozen_precision", "be fp32 where distill.precision is", self.frozen_precision, advice)
         require(0 <= self.weight_decay < 1, "distill.weight_decay", "be in [0, 1)", self.weight_decay)
-        for name in ("decay_at", "static_decay_at"):
-            first, second = getattr(self, name)
-            require(0 <= first <= second <= 1, f"distill.{name}", "be two rising shares in [0, 1]", (first, second))
+        require(self.schedule in ("cosine", "steps"), "distill.schedule", "be cosine or steps", self.schedule)
+        require(0 <= self.warmup < 1, "distill.warmup", "be in [0, 1)", self.warmup)
+        first, second = self.decay_at
+        require(0 <= first <= second <= 1, "distill.decay_at", "be two rising shares in [0, 1]", (first, second))
         require(0 <= self.label_weight <= 1, "distill.label_weight", "be in [0, 1]", self.label_weight)
         require(bool(self.static_widths), "distill.static_widths", "have at least one", self.static_widths)
         require(

@@ -17,8 +17,8 @@ from rich.table import Table
 from rlexit import __version__
 from rlexit.config import METHODS, CoreConfig
 from rlexit.registry import unknown
-from rlexit.resources import config_files
-from rlexit.settings import CONFIG, DOMAINS, Parser, Place
+from rlexit.resources import CONFIG, config_files
+from rlexit.settings import DOMAINS, Parser, Place
 
 if TYPE_CHECKING:
     from rlexit.domain import Domain
@@ -224,17 +224,14 @@ WORK: dict[str, Callable[[Any, argparse.Namespace], None]] = {
 
 
 def _report(runs: Sequence[Path], folder: Path, out: Console, allow_mixed: bool = False) -> None:
+    from rlexit.evidence import gather
     from rlexit.report import find_runs, write_report
-    from rlexit.rows import read_latency, read_rows
     from rlexit.tables import summary_rows, summary_table
 
     page = write_report(runs, folder, allow_mixed)
-    evaluated = [run / "eval" for run in find_runs(runs, folder)]
-    rows = [row for path in evaluated if (path / "episodes.csv").is_file() for row in read_rows(path / "episodes.csv")]
-    latency = [
-        row for path in evaluated if (path / "latency.csv").is_file() for row in read_latency(path / "latency.csv")
-    ]
-    out.print(summary_table(summary_rows(rows, latency)))
+    evidence = gather(find_runs(runs, folder))
+    rows = [row for found in evidence.rows.values() for row in found]
+    out.print(summary_table(summary_rows(rows, evidence.latency)))
     out.print(f"report     {page.with_suffix('.html')}")
     out.print(f"plots      {folder / 'plots'}")
     out.print(f"curves     tensorboard --logdir {runs[0]}")

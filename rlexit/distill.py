@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,9 +138,12 @@ def loss_of(config: DistillConfig) -> Callable[..., Tensor]:
 
 
 def learning_rate(config: DistillConfig, done: float) -> float:
-    """Adam's rate after a share `done` of all updates: full, then a tenth, then a hundredth."""
+    """Adam's rate after a share `done` of all updates: it rises, then falls by a cosine or in two steps."""
+    rate = config.learning_rate * min(done / config.warmup, 1.0) if config.warmup else config.learning_rate
+    if config.schedule == "cosine":
+        return rate * (1 + math.cos(math.pi * done)) / 2
     first, second = config.decay_at
-    return config.learning_rate * (1.0 if done < first else 0.1 if done < second else 0.01)
+    return rate * (1.0 if done < first else 0.1 if done < second else 0.01)
 
 
 class Distiller:
@@ -316,7 +320,8 @@ class Distiller:
         start = self.config.steps if not in_heads else 0
         length = self.config.ensemble_steps if not in_heads else self.config.steps
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, (self.samples - start) / length)
+            # In the middle of the buffer: at its ends, the first and the last one would be learnt at a rate of nothing.
+            group["lr"] = learning_rate(self.config, min((self.samples - start - len(teacher) / 2) / length, 1.0))
         seen: list[Tensor] = []
         for epoch in range(self.config.epochs):
             order = torch.randperm(len(teacher), generator=self.generator).to(teacher.device)

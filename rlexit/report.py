@@ -11,14 +11,14 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from rlexit import metrics, plots, summary, tables
 from rlexit.checkpoint import write_atomic
+from rlexit.evidence import gather, read_if_there
 from rlexit.pages import Block, Bullets, Code, Heading, Paragraph, Picture, Table, to_html, to_markdown
-from rlexit.rows import LatencyRow, Row, read_latency, read_reliability, read_rows
+from rlexit.rows import LatencyRow, Row, read_reliability
 from rlexit.runlog import Board, read_scalars
 from rlexit.summary import Point
 from rlexit.tables import summary_rows, summary_table
@@ -42,8 +42,8 @@ def write_report(runs: Sequence[Path], out: Path, allow_mixed: bool = False) -> 
         ValueError: a run does not exist, nothing was evaluated, a file is damaged, or protocols are mixed.
     """
     folders = find_runs(runs, out)
-    rows = {folder: _read(folder / "eval" / "episodes.csv", read_rows) for folder in folders}
-    latency = [row for folder in folders for row in _read(folder / "eval" / "latency.csv", read_latency)]
+    evidence = gather(folders)
+    rows, latency = evidence.rows, evidence.latency
     scalars = {folder: read_scalars(folder) for folder in folders}
     tested = summary.tested(row for found in rows.values() for row in found)
     if not tested and not any(scalars.values()):
@@ -127,10 +127,6 @@ class _Album:
         if tag:
             self.board.figure(f"{tag}/{unique.partition('-')[2]}", figure, 0)
         return Picture(plots.save(figure, self.folder, unique)[0], alt, caption)
-
-
-def _read(path: Path, reader: Any) -> list[Any]:
-    return reader(path) if path.is_file() else []
 
 
 def _parts(shown: Sequence[Point]) -> dict[str, list[Point]]:
@@ -272,7 +268,9 @@ def _curve_blocks(scalars: Mapping[Path, plots.Scalars], album: _Album) -> list[
 
 def _reliability_blocks(folders: Iterable[Path], album: _Album) -> list[Block]:
     """How far each exit's confidence can be trusted, one picture per method."""
-    found = {_name(folder): _read(folder / "calibration" / "reliability.csv", read_reliability) for folder in folders}
+    found = {
+        _name(folder): read_if_there(folder / "calibration" / "reliability.csv", read_reliability) for folder in folders
+    }
     blocks: list[Block] = []
     for name, bins in found.items():
         if bins:

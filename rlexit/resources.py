@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+# What makes a folder a run: the resolved config, as its first stage was begun with.
+CONFIG = "config.yaml"
+
 
 def config_folder() -> Path:
     """The folder that holds `<domain>/<name>.yaml`.

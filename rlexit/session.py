@@ -20,8 +20,9 @@ from rlexit.interrupts import StopFlag, Stopped
 from rlexit.network import StagedNetwork
 from rlexit.progress import Meter
 from rlexit.registry import unknown
+from rlexit.resources import CONFIG
 from rlexit.runfolder import Stage, config_hash, hold
-from rlexit.settings import CONFIG, to_yaml
+from rlexit.settings import to_yaml
 
 TEACHER = "teacher"
 POLICY = "policy"

@@ -18,12 +18,11 @@ import yaml
 
 from rlexit.config import CoreConfig
 from rlexit.registry import unknown
-from rlexit.resources import config_files
+from rlexit.resources import CONFIG, config_files
 
 DOMAINS = ("agents", "vision")
 MAX_CONFIG_BYTES = 256 << 10
 MAX_DEPTH = 20
-CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,18 @@ class Place:
 
 
 class Parser(argparse.ArgumentParser):
-    """Complains by ValueError, so that a misspelt command is answered with one line like any other bad input."""
+    """Complains by ValueError, so that a misspelt command is answered with one line like any other bad input.
+
+    `flags` are its own options; every other one is a setting.
+    """
+
+    flags: frozenset[str] = frozenset()
+
+    def add_argument(self, *names: Any, **rules: Any) -> argparse.Action:
+        """Adds an option or argument, as argparse does, and remembers its flags."""
+        action = super().add_argument(*names, **rules)
+        self.flags = self.flags.union(action.option_strings)
+        return action
 
     def error(self, message: str) -> NoReturn:
         """Raises ValueError with argparse's complaint."""

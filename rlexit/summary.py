@@ -123,6 +123,12 @@ def tested(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if row.split == "test"]
 
 
+def outcomes(row: Row) -> tuple[tuple[object, ...], tuple[object, ...]]:
+    """Which episode of which operating point a row is, and what came of it."""
+    point = (row.task, row.method, row.run_seed, row.label, row.execution, row.actions, row.protocol)
+    return (*point, row.split, row.episode_seed, row.episode), (row.value, row.decisions)
+
+
 def unique(rows: Iterable[Row]) -> list[Row]:
     """Drops exact repeats, such as one teacher's rows that stand in every run folder.
 
@@ -131,24 +137,13 @@ def unique(rows: Iterable[Row]) -> list[Row]:
     """
     seen: dict[tuple[object, ...], Row] = {}
     for row in rows:
-        key = (
-            row.task,
-            row.method,
-            row.run_seed,
-            row.label,
-            row.execution,
-            row.actions,
-            row.protocol,
-            row.split,
-            row.episode_seed,
-            row.episode,
-        )
+        key, outcome = outcomes(row)
         first = seen.setdefault(key, row)
-        if (first.value, first.decisions) != (row.value, row.decisions):
+        if outcomes(first)[1] != outcome:
             raise ValueError(
                 f"`rows` must give one outcome per episode, got {first.value:g} and {row.value:g} for {row.task} "
                 f"{row.method} seed {row.run_seed} {row.label!r} episode {row.episode}. "
-                "Two runs share a name: report one of them."
+                "Report the runs apart, or evaluate again with --force."
             )
     return list(seen.values())
 

@@ -70,7 +70,7 @@ def distill(session: Session, method: str) -> None:
         student = ExitStudent(networks[""])
     config = session.domain.config.distill
     if METHODS[method].static:
-        config = replace(config, learning_rate=config.static_learning_rate, decay_at=config.static_decay_at)
+        config = replace(config, learning_rate=config.static_learning_rate)
     with session.watch(f"distill {method}", "samples") as watch:
         batches = session.domain.batches(session.seed)
         facts = Distiller(student, batches, config, folder, session.seed, watch.stop, watch.progress).run()

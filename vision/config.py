@@ -174,7 +174,6 @@ def _distill() -> DistillConfig:
         batch_size=128,
         epochs=1,
         learning_rate=0.001,
-        decay_at=(0.3, 1.0),
         label_weight=1.0,
         weight_decay=1e-4,
         static_widths=(0.5,),

@@ -170,6 +170,13 @@ def test_a_preset_lies_between_the_config_and_the_shell(say):
     assert (made["steps"], made["epochs"], made["batch_size"]) == (512, 9, 8)
 
 
+def test_settings_may_stand_before_the_name(say):
+    before = say("run", "--methods", "[sdn]", "--threads", "1", "--distill.steps=700", "toy.yaml", "--print_config")
+    after = say("run", "toy.yaml", "--methods", "[sdn]", "--distill.steps", "700", "--print_config")
+    assert (before.code, before.err) == (0, "")
+    assert before.out == after.out
+
+
 @pytest.mark.parametrize("words", [(), ("--distill.steps", "7e2", "--methods=sdn,ztw", "--env.noise", "0.25")])
 def test_print_config_is_read_back_as_an_equal_config_and_writes_nothing(say, tmp_path, words):
     answer = say("run", "toy.yaml", *words, "--print_config")

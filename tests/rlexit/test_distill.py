@@ -33,6 +33,8 @@ CONFIG = DistillConfig(
     batch_size=32,
     epochs=2,
     learning_rate=0.05,
+    schedule="steps",
+    warmup=0.0,
     decay_at=(0.6, 0.9),
     checkpoint_buffers=4,
 )
@@ -417,10 +419,16 @@ def test_the_reference_divides_the_golden_kl_by_the_outputs():
     assert loss_of(DistillConfig())(teacher, student).mean().item() == pytest.approx(0.1472861, abs=2e-7)
 
 
-def test_the_learning_rate_falls_twice():
-    config = DistillConfig(learning_rate=0.01)
+def test_in_steps_the_learning_rate_falls_twice():
+    config = DistillConfig(learning_rate=0.01, schedule="steps", warmup=0.0)
     rates = [learning_rate(config, done) for done in (0.0, 0.09, 0.1, 0.74, 0.75, 1.0)]
     assert rates == pytest.approx([0.01, 0.01, 0.001, 0.001, 0.0001, 0.0001])
+
+
+def test_the_learning_rate_rises_and_then_falls_by_a_cosine():
+    config = DistillConfig(learning_rate=0.01, warmup=0.1)
+    rates = [learning_rate(config, done) for done in (0.0, 0.05, 0.5, 1.0)]
+    assert rates == pytest.approx([0.0, 0.005 * (1 + math.cos(math.pi * 0.05)) / 2, 0.005, 0.0])
 
 
 def test_a_network_without_early_exits_cannot_be_distilled():

@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from rlexit import cli
-from rlexit.settings import CONFIG, Place, locate, resolve, to_yaml
+from rlexit.resources import CONFIG
+from rlexit.settings import Place, locate, resolve, to_yaml
 
 
 def pong(*words: str):

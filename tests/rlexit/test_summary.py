@@ -106,7 +106,7 @@ def test_repeated_rows_count_once() -> None:
 
 
 def test_two_outcomes_of_one_episode_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"18 and 3 for pong ztw seed 0 .*Two runs share a name"):
+    with pytest.raises(ValueError, match=r"18 and 3 for pong ztw seed 0 .*Report the runs apart"):
         summary.points([row(), row(value=3.0)])
 
 

@@ -1,0 +1,88 @@
+"""What was evaluated in run folders: rows and latencies, with runs told apart that would carry one name."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rlexit.resources import CONFIG
+from rlexit.rows import LatencyRow, Row, read_latency, read_rows
+from rlexit.summary import RANDOM, REFERENCES, TEACHER, outcomes
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """Everything measured, by folder; the names of methods are unique over the runs.
+
+    Args:
+        rows: episodes of every folder.
+        latency: timed decisions of all folders.
+    """
+
+    rows: Mapping[Path, Sequence[Row]]
+    latency: Sequence[LatencyRow]
+
+
+def gather(folders: Sequence[Path]) -> Evidence:
+    """Reads evaluated folders, such as `.../pong/ztw/s0`.
+
+    Where two runs made one method in two ways ("ztw" with other settings), its rows bear the runs' names: "ztw (pong)".
+    """
+    rows = {folder: read_if_there(folder / "eval" / "episodes.csv", read_rows) for folder in folders}
+    latency = {folder: read_if_there(folder / "eval" / "latency.csv", read_latency) for folder in folders}
+    roots = {folder: _root(folder) for folder in folders}
+    names = _names(sorted(set(roots.values())))
+    clashing = _clashing(rows, roots)
+    for folder in folders:
+        name = names[roots[folder]]
+        rows[folder] = [_renamed(row, name, clashing) for row in rows[folder]]
+        latency[folder] = [_renamed(row, name, clashing) for row in latency[folder]]
+    return Evidence(rows, [row for found in latency.values() for row in found])
+
+
+def read_if_there(path: Path, reader: Callable[[Path], list[Any]]) -> list[Any]:
+    """What a file of rows holds; nothing if it is not there."""
+    return reader(path) if path.is_file() else []
+
+
+def _clashing(rows: Mapping[Path, Sequence[Row]], roots: Mapping[Path, Path]) -> set[tuple[str, str]]:
+    """(task, method) of which two runs say different things; teachers and chance must be the same ones."""
+    seen: dict[tuple[object, ...], set[tuple[object, ...]]] = defaultdict(set)
+    runs: dict[tuple[object, ...], set[Path]] = defaultdict(set)
+    found: set[tuple[str, str]] = set()
+    for folder, part in rows.items():
+        for row in part:
+            if row.split != "test" or row.method in (TEACHER, RANDOM):
+                continue
+            key, outcome = outcomes(row)
+            seen[key].add(outcome)
+            runs[key].add(roots[folder])
+            if len(seen[key]) > 1 and len(runs[key]) > 1:
+                found.add((row.task, row.method))
+    return found
+
+
+def _renamed(row: Any, name: str, clashing: set[tuple[str, str]]) -> Any:
+    if (row.task, row.method) not in clashing:
+        return row
+    # A reference keeps its name, by which verdicts find it; its label tells the runs apart.
+    if row.method in REFERENCES:
+        return replace(row, label=f"{row.label} ({name})")
+    return replace(row, method=f"{row.method} ({name})")
+
+
+def _root(folder: Path) -> Path:
+    """The run that a folder belongs to: the nearest one with a config, else the folder itself."""
+    return next((path for path in (folder, *folder.parents) if (path / CONFIG).is_file()), folder)
+
+
+def _names(roots: Sequence[Path]) -> dict[Path, str]:
+    """The shortest ends of the paths that tell them apart."""
+    for length in range(1, max((len(root.parts) for root in roots), default=1) + 1):
+        names = {root: "/".join(root.parts[-length:]) for root in roots}
+        if len(set(names.values())) == len(roots):
+            break
+    return names

@@ -1,0 +1,76 @@
+"""Several runs in one report: what they share is shared, what they made apart is told apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from rlexit import summary
+from rlexit.evidence import gather
+from rlexit.resources import CONFIG
+from rlexit.rows import LatencyRow, Row, write_rows
+from tests.rlexit.toy_rows import episodes, plain, references
+
+
+def evaluated(root: Path, rows: Sequence[Row], method: str = "ztw") -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    (root / CONFIG).write_text("domain: agents\n")
+    folder = root / method / "s0"
+    write_rows(folder / "eval" / "episodes.csv", rows)
+    timed = LatencyRow("pong", method, 0, rows[0].label, 1, 100.0, 120.0, 1, "eager", "a machine")
+    write_rows(folder / "eval" / "latency.csv", [timed])
+    return folder
+
+
+def methods(folders: Sequence[Path]) -> list[str]:
+    rows = [row for found in gather(folders).rows.values() for row in found]
+    return sorted({point.method for point in summary.points(rows)})
+
+
+def test_two_runs_of_one_method_bear_the_names_of_their_runs(tmp_path: Path) -> None:
+    one = evaluated(tmp_path / "pong", [*references(), *episodes([18.0])])
+    other = evaluated(tmp_path / "pong_demo", [*references(), *episodes([3.0])])
+    assert methods([one, other]) == ["random", "teacher", "ztw (pong)", "ztw (pong_demo)"]
+
+
+def test_their_latencies_are_renamed_with_them(tmp_path: Path) -> None:
+    one = evaluated(tmp_path / "pong", episodes([18.0]))
+    other = evaluated(tmp_path / "pong_demo", episodes([3.0]))
+    assert [row.method for row in gather([one, other]).latency] == ["ztw (pong)", "ztw (pong_demo)"]
+
+
+def test_runs_of_one_name_are_told_apart_by_what_is_above_them(tmp_path: Path) -> None:
+    one = evaluated(tmp_path / "old" / "pong", episodes([18.0]))
+    other = evaluated(tmp_path / "new" / "pong", episodes([3.0]))
+    assert methods([one, other]) == ["ztw (new/pong)", "ztw (old/pong)"]
+
+
+def test_a_method_that_one_run_has_keeps_its_name(tmp_path: Path) -> None:
+    one = evaluated(tmp_path / "pong", episodes([18.0]))
+    other = evaluated(tmp_path / "pong_demo", episodes([3.0], method="sdn"), "sdn")
+    assert methods([one, other]) == ["sdn", "ztw"]
+
+
+def test_equal_outcomes_in_two_runs_are_one(tmp_path: Path) -> None:
+    folders = [evaluated(tmp_path / name, episodes([18.0])) for name in ("pong", "copy")]
+    assert methods(folders) == ["ztw"]
+
+
+def test_a_static_network_keeps_its_method_by_which_verdicts_find_it(tmp_path: Path) -> None:
+    one = evaluated(tmp_path / "pong", plain("static", [18.0], 0.5, label="width 0.5"), "static")
+    other = evaluated(tmp_path / "pong_demo", plain("static", [3.0], 0.5, label="width 0.5"), "static")
+    found = [row for rows in gather([one, other]).rows.values() for row in rows]
+    assert {(row.method, row.label) for row in found} == {
+        ("static", "width 0.5 (pong)"),
+        ("static", "width 0.5 (pong_demo)"),
+    }
+
+
+def test_two_teachers_of_one_game_are_still_refused(tmp_path: Path) -> None:
+    one = evaluated(tmp_path / "pong", [*references(), *episodes([18.0])])
+    other = evaluated(tmp_path / "pong_demo", [*plain("teacher", [1.0, 2.0]), *episodes([18.0])])
+    rows = [row for found in gather([one, other]).rows.values() for row in found]
+    with pytest.raises(ValueError, match="teacher"):
+        summary.points(rows)
