@@ -11,6 +11,7 @@ from torch import nn
 from rlexit.gates import Gate
 from rlexit.network import StagedNetwork
 from rlexit.state import map_tensors
+from rlexit.units import Unit
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ def cost_table(network: StagedNetwork, inputs: Any) -> CostTable:
         name = network.unit_names[state.unit]
         if name in network.gates:
             gate: Gate = network.gates[name]  # type: ignore[assignment]
-            state = replace(state, macs=state.macs + gate.macs(state))
+            unit: Unit = network.units[name]  # type: ignore[assignment]
+            state = state.charge(gate.macs(replace(state, features=unit.glance(state.features))))
         before = state.macs
         state = network.advance(state)
         units[name] = int(state.macs - before)

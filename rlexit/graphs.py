@@ -95,6 +95,11 @@ def check_exportable(network: StagedNetwork) -> None:
 def plan_stages(network: StagedNetwork, policy: ExitPolicy) -> list[Plan]:
     """Parts a network where rows may leave: at every early exit with a threshold below infinity, and at the end."""
     rule, early = policy.scorer, network.exits - 1
+    if rule.before_head:
+        raise ExportError(
+            f"`rule` must score answers to be exported, got {policy.rule!r}, which asks the network before its heads. "
+            "Calibrate another rule for the export."
+        )
     built = [bool(one) for one in exits_to_build(network, rule, policy.thresholds)] + [True]
     plans: list[Plan] = []
     units: list[str] = []

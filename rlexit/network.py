@@ -14,7 +14,7 @@ from rlexit.ensembles import Ensemble, NoEnsemble
 from rlexit.gates import Decision, Gate, Mode
 from rlexit.heads import Head
 from rlexit.macs import macs_per_row
-from rlexit.state import ExitState, put
+from rlexit.state import ExitState, Forecast, put, take
 from rlexit.units import Unit
 
 
@@ -26,13 +26,16 @@ class Trace:
         logits: (B, K, A) raw logits of every exit.
         answers: (B, K, A) log-probabilities after the ensemble.
         decisions: of every gate, in the order of execution.
-        expected_macs: (B,) multiply-adds of the units, weighted by the gates' relaxed decisions; has a gradient.
+        expected_macs: (B,) multiply-adds that the decisions lead to: units and skip paths, gates, and the heads where
+            rows leave (all heads that are met, without leave gates); has a gradient in the relaxed decisions.
+        leaving: decisions of the leave gates, in the order of the exits that have one.
     """
 
     logits: Float[Tensor, "batch exits outputs"]
     answers: Float[Tensor, "batch exits outputs"]
     decisions: tuple[Decision, ...]
     expected_macs: Float[Tensor, " batch"]
+    leaving: tuple[Decision, ...] = ()
 
 
 class StagedNetwork(nn.Module):
@@ -44,8 +47,10 @@ class StagedNetwork(nn.Module):
         outputs: A, classes or actions.
         ensemble: combines the exits; none by default.
         gates: unit names to gates before them; one that may choose action 0 needs a unit with a skip path.
+        leave_gates: names of early exits to gates that decide there whether a row leaves; see the rule `learned`.
     Raises:
-        ValueError: an exit or gate names no unit, the last unit has no exit, or the first head reads logits.
+        ValueError: an exit or gate names no unit, the last unit has no exit, the first head reads logits, or a gate
+            stands before a unit without a skip path.
     """
 
     def __init__(
@@ -55,13 +60,12 @@ class StagedNetwork(nn.Module):
         outputs: int,
         ensemble: Ensemble | None = None,
         gates: Mapping[str, Gate] | None = None,
+        leave_gates: Mapping[str, Gate] | None = None,
     ) -> None:
         super().__init__()
-        gates = gates or {}
         self.unit_names = tuple(units)
-        for name in (*exits, *gates):
-            if name not in units:
-                raise ValueError(f"`exits` and `gates` must name units, got {name!r}. Units: {', '.join(units)}.")
+        for name in exits:
+            self._check_name(name)
         if self.unit_names[-1] not in exits:
             raise ValueError(
                 f"`exits` must have the last unit {self.unit_names[-1]!r}, got {list(exits)}. Add its head."
@@ -71,9 +75,46 @@ class StagedNetwork(nn.Module):
             raise ValueError(f"`exits` must start with a head that reads no logits, got {self.exit_names[0]!r}.")
         self.units = nn.ModuleDict({name: units[name] for name in units})
         self.heads = nn.ModuleDict({name: exits[name] for name in self.exit_names})
-        self.gates = nn.ModuleDict(dict(gates))
+        self.set_gates(gates or {})
+        self.set_leave_gates(leave_gates or {})
         self.ensemble: Ensemble = ensemble or NoEnsemble(len(exits), outputs)
         self.outputs = outputs
+
+    def _check_name(self, name: str) -> None:
+        if name not in self.unit_names:
+            raise ValueError(f"`exits` and `gates` must name units, got {name!r}. Units: {', '.join(self.unit_names)}.")
+
+    def set_gates(self, gates: Mapping[str, Gate]) -> None:
+        """Puts gates before units, in place of those that were there.
+
+        Args:
+            gates: unit names to gates.
+        Raises:
+            ValueError: a name is no unit's, or a gate may skip a unit that declares no skip path.
+        """
+        for name, gate in gates.items():
+            self._check_name(name)
+            unit = self.units[name]
+            if gate.may_skip and not unit.skippable:
+                raise ValueError(
+                    f"`gates[{name!r}]` must stand before a unit with a skip path, got {type(unit).__name__}. "
+                    "Gate another unit, or declare a skip path."
+                )
+        self.gates = nn.ModuleDict({name: gates[name] for name in self.unit_names if name in gates})
+
+    def set_leave_gates(self, gates: Mapping[str, Gate]) -> None:
+        """Puts gates at early exits that decide there whether a row leaves, in place of those that were there.
+
+        Args:
+            gates: names of early exits to gates over {0 go on, 1 leave}, which carry nothing.
+        Raises:
+            ValueError: a name is no early exit's.
+        """
+        early = self.exit_names[:-1]
+        for name in gates:
+            if name not in early:
+                raise ValueError(f"`leave_gates` must name early exits, got {name!r}. Early exits: {', '.join(early)}.")
+        self.leave_gates = nn.ModuleDict({name: gates[name] for name in early if name in gates})
 
     @property
     def exits(self) -> int:
@@ -117,9 +158,75 @@ class StagedNetwork(nn.Module):
         if name not in self.gates:
             return state, None
         gate: Gate = self.gates[name]  # type: ignore[assignment]
-        decision, carry = gate.decide(state, mode, given, generator)
-        state = replace(state, carry=carry, decisions=(*state.decisions, decision), macs=state.macs + gate.macs(state))
-        return state, decision
+        unit: Unit = self.units[name]  # type: ignore[assignment]
+        seen = replace(state, features=unit.glance(state.features))
+        decision, carry = gate.decide(seen, mode, given, generator)
+        state = replace(state, carry=carry, decisions=(*state.decisions, decision))
+        dense = gate.expected_macs(seen, decision) if state.forecast is not None else None
+        return state.charge(gate.macs(seen, decision), dense), decision
+
+    def consider(
+        self,
+        state: ExitState,
+        mode: Mode = "greedy",
+        given: Decision | None = None,
+        generator: torch.Generator | None = None,
+        asked: Bool[Tensor, " batch"] | None = None,
+    ) -> tuple[ExitState, Decision]:
+        """Asks the leave gate of the exit just reached, before its head, and charges the rows for it.
+
+        Args:
+            state: at an exit.
+            mode: how the gate decides.
+            given: the stored decision, for replay.
+            generator: source of randomness, for sample.
+            asked: (B,) rows that are asked; the others go on for sure and pay nothing. All by default.
+        Raises:
+            ValueError: the exit has no leave gate.
+        """
+        name = self.exit_names[state.exit]
+        if name not in self.leave_gates:
+            raise ValueError(
+                f"`leave_gates` must have exit {name!r} where a row may leave by them, got "
+                f"{', '.join(self.leave_gates) or 'none'}. Train one there, or close the exit by a threshold of inf."
+            )
+        gate: Gate = self.leave_gates[name]  # type: ignore[assignment]
+        seen = replace(state, features=self.tap(state))
+        if asked is None or bool(asked.all()):
+            decision, _ = gate.decide(seen, mode, given, generator)
+            macs = gate.macs(seen, decision)
+        else:
+            nothing = torch.zeros(len(state), device=state.device)
+            decision, macs = Decision(nothing.to(torch.int64), nothing, nothing, nothing), torch.zeros_like(state.macs)
+            index = torch.nonzero(asked).flatten()
+            if len(index):
+                few = seen.select(index)
+                part, _ = gate.decide(few, mode, take(given, index) if given is not None else None, generator)
+                decision, macs = put(decision, index, part), macs.index_copy(0, index, gate.macs(few, part))
+        return replace(state.charge(macs), leaving=(*state.leaving, decision)), decision
+
+    def read_later(self, open_exits: Sequence[Any], needs_every_exit: bool = False) -> list[Any]:
+        """Which early exits' logits a later exit reads: one bool each, or (B,) bools where the rows differ.
+
+        A cascaded head reads the exit before it, an ensemble and a patience-like rule all before it.
+
+        Args:
+            open_exits: per early exit whether rows may leave there, or (B,) bools.
+            needs_every_exit: of the rule.
+        """
+        early, ensemble = len(open_exits), self.ensemble
+        # What the backbone's own exit reads is needed always; then backwards, because needing is inherited.
+        reads_all: Any = ensemble.needs_every_exit and early < ensemble.exits
+        reads_previous: Any = self.head(early).reads_previous
+        found: list[Any] = []
+        for exit in reversed(range(early)):
+            found.append(reads_all | reads_previous)
+            wanted = open_exits[exit] | found[-1]
+            reads_previous = wanted & self.head(exit).reads_previous
+            reads_all = reads_all | (
+                wanted & (needs_every_exit | (ensemble.needs_every_exit and exit < ensemble.exits))
+            )
+        return found[::-1]
 
     def advance(self, state: ExitState, decision: Decision | None = None, *, dense: bool = False) -> ExitState:
         """Runs the next unit: the only place where backbone work is done.
@@ -134,7 +241,8 @@ class StagedNetwork(nn.Module):
             features, macs = unit.relax(state.features, decision), unit.macs(state.features, decision)
         else:
             features, macs = unit.execute(state.features, decision)
-        return replace(state, features=features, macs=state.macs + macs, unit=state.unit + 1)
+        expected = unit.expected_macs(state.features, decision) if state.forecast is not None else None
+        return replace(state.charge(macs, expected), features=features, unit=state.unit + 1)
 
     def at_exit(self, state: ExitState) -> bool:
         """Whether the unit just run has an exit that is still to be answered."""
@@ -159,8 +267,8 @@ class StagedNetwork(nn.Module):
             answer = logits.log_softmax(dim=-1)
         else:
             answer = self.ensemble.combine(every.log_softmax(dim=-1))
-        macs = state.macs + macs_per_row(head, *inputs)
-        return replace(state, logits=every, answer=answer, macs=macs, exit=state.exit + 1)
+        macs = torch.full_like(state.macs, macs_per_row(head, *inputs))
+        return replace(state.charge(macs), logits=every, answer=answer, exit=state.exit + 1)
 
     def pass_by(self, state: ExitState) -> ExitState:
         """Goes past an exit that is not built: no head runs, nothing is charged, its logits are NaN."""
@@ -227,6 +335,7 @@ class StagedNetwork(nn.Module):
         decisions: Sequence[Decision] | None = None,
         generator: torch.Generator | None = None,
         memory: Any = None,
+        leaving: Sequence[Decision] | None = None,
     ) -> Trace:
         """Every exit of every row, dense and with gradient.
 
@@ -236,20 +345,40 @@ class StagedNetwork(nn.Module):
             decisions: stored decisions to replay, one per gate.
             generator: samples the gates' decisions where given; otherwise they are greedy.
             memory: tree of (B, ...) from the step before.
+            leaving: stored decisions of the leave gates to replay, one per leave gate.
         """
         state = self.begin(inputs, memory, path)
-        mode: Mode = "replay" if decisions is not None else "sample" if generator is not None else "greedy"
+        everything = torch.ones(len(state), device=state.device)
+        state = replace(state, forecast=Forecast(torch.zeros_like(everything), everything))
+        drawn: Mode = "sample" if generator is not None else "greedy"
         answers: list[Tensor] = []
-        expected = torch.zeros(len(state), device=state.device)
         while not self.finished(state):
             gated = self.unit_names[state.unit] in self.gates
             given = decisions[len(state.decisions)] if decisions is not None and gated else None
-            state, decision = self.decide(state, mode, given, generator)
-            before = state.macs
+            state, decision = self.decide(state, "replay" if decisions is not None else drawn, given, generator)
             state = self.advance(state, decision, dense=True)
-            cost = (state.macs - before).to(torch.float32)
-            expected = expected + (cost * decision.relaxed if decision and decision.relaxed.dim() == 1 else cost)
-            if self.at_exit(state):
+            if not self.at_exit(state):
+                continue
+            if state.exit < self.exits - 1 and self.leave_gates:
+                asked = self.exit_names[state.exit] in self.leave_gates
+                given = leaving[len(state.leaving)] if leaving is not None and asked else None
+                state = self._answer_softly(state, "replay" if leaving is not None else drawn, given, generator)
+            else:
                 state = self.answer(state)
-                answers.append(state.answered)
-        return Trace(state.logits, torch.stack(answers, dim=1), state.decisions, expected)
+            answers.append(state.answered)
+        return Trace(state.logits, torch.stack(answers, dim=1), state.decisions, state.expected_macs, state.leaving)
+
+    def _answer_softly(
+        self, state: ExitState, mode: Mode, given: Decision | None, generator: torch.Generator | None
+    ) -> ExitState:
+        """The answer at an early exit of a dense pass in which a leave gate takes a share of the row away.
+
+        Real execution builds the head where the row leaves, or where a later exit reads it: so it is charged here.
+        """
+        exit, here = state.exit, state.here
+        leaves = torch.zeros_like(here)
+        if self.exit_names[exit] in self.leave_gates:
+            state, decision = self.consider(state, mode, given, generator)
+            leaves = decision.relaxed
+        read = self.read_later([name in self.leave_gates for name in self.exit_names[:-1]])[exit]
+        return self.answer(state.share(here if read else here * leaves)).share(here * (1 - leaves))

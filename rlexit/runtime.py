@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlexit.exit_policy import ExitPolicy, threshold_rows
@@ -28,6 +28,7 @@ class RunResult:
         scores: (B, K) the rule's score at each exit, NaN where none was asked for.
         memory: tree of (B, ...) to hand to the row's next step.
         decisions: per gate, the decisions of the rows that reached it, with their row indices.
+        leaving: per leave gate asked, the decisions of the rows at that exit, with their row indices.
     """
 
     answers: Float[Tensor, "batch outputs"]
@@ -36,6 +37,7 @@ class RunResult:
     scores: Float[Tensor, "batch exits"]
     memory: Any = None
     decisions: tuple[tuple[Int[Tensor, " _"], Decision], ...] = ()
+    leaving: tuple[tuple[Int[Tensor, " _"], Decision], ...] = ()
 
 
 @torch.no_grad()
@@ -64,7 +66,7 @@ def run(
         steps: MACs from each exit to the next (`CostTable.steps`); needed with `budgets`.
         memory: tree of (B, ...) from the step before.
         path: a static choice for the whole call.
-        mode: how gates decide.
+        mode: how gates decide. Where leave gates are sampled, their draw counts and not the threshold.
         generator: source of randomness for sampled gates.
     Raises:
         ValueError: the number of thresholds does not fit the network, one is NaN, or `budgets` come without `steps`.
@@ -74,17 +76,20 @@ def run(
         raise ValueError(f"`steps` must have {early} costs where budgets are given, got {len(steps)}.")
     rule = exit_policy.scorer
     shared = threshold_rows([exit_policy], network.exits)[0].tolist()
-    built: list[Any] = [True] * early
+    later: list[Any] = [True] * early
+    closed = [limit == torch.inf for limit in shared]
     if thresholds is not None:
         _check(thresholds, (len(inputs), early))
         thresholds = thresholds.to(inputs.device)
+        closed = (thresholds == torch.inf).all(dim=0).tolist()
     if budgets is None:
-        built = exits_to_build(network, rule, shared if thresholds is None else list(thresholds.unbind(dim=1)))
+        limits = shared if thresholds is None else list(thresholds.unbind(dim=1))
+        later = network.read_later([limit < torch.inf for limit in limits], rule.needs_every_exit)
     state = network.begin(inputs, memory, path)
-    batch = len(state)
     left: list[ExitState] = []
     chosen: list[tuple[Tensor, Decision]] = []
-    scores = torch.full((batch, network.exits), torch.nan, device=state.device)
+    asked: list[tuple[Tensor, Decision]] = []
+    scores = torch.full((len(state), network.exits), torch.nan, device=state.device)
     while True:
         state, decision = network.decide(state, mode, None, generator)
         if decision is not None:
@@ -96,18 +101,18 @@ def run(
         if exit == early:
             left.append(_leaving(network, network.answer(state)))
             break
-        if isinstance(built[exit], Tensor):
-            wanted = built[exit][state.rows]
-            state = network.answer_for(state, wanted)
-            score = rule.score(state).masked_fill(~wanted, torch.nan)
-        elif built[exit]:
-            state = network.answer(state)
-            score = rule.score(state)
-        else:
+        limit = shared[exit] if thresholds is None else thresholds[state.rows, exit]
+        read = later[exit][state.rows] if isinstance(later[exit], Tensor) else later[exit]
+        if closed[exit] and not isinstance(read, Tensor) and not read:
             state = network.pass_by(state)
             continue
+        if rule.before_head:
+            state, score, leaves = _ask(network, rule, state, limit, read, mode, generator)
+            if len(state.leaving) > len(asked):
+                asked.append((state.rows, state.leaving[-1]))
+        else:
+            state, score, leaves = _score(network, rule, state, limit, read)
         scores[state.rows, exit] = score
-        leaves = score > (shared[exit] if thresholds is None else thresholds[state.rows, exit])
         if budgets is not None:
             leaves = leaves | (state.macs + steps[exit] > budgets[state.rows])
         count = int(leaves.sum())
@@ -117,7 +122,48 @@ def run(
         if count:
             left.append(_leaving(network, state).select(torch.nonzero(leaves).flatten()))
             state = state.select(torch.nonzero(~leaves).flatten())
-    return _gather(left, scores, tuple(chosen))
+    return replace(_gather(left, scores, tuple(chosen)), leaving=tuple(asked))
+
+
+Limit = float | Float[Tensor, " batch"]
+Flag = bool | Bool[Tensor, " batch"]
+Scored = tuple[ExitState, Float[Tensor, " batch"], Bool[Tensor, " batch"]]
+
+
+def _score(network: StagedNetwork, rule: Rule, state: ExitState, limit: Limit, read: Flag) -> Scored:
+    """Builds the head for the rows that need it, and scores its answer: the state, (B,) scores, (B,) who leaves."""
+    wanted = (limit < torch.inf) | read
+    if isinstance(wanted, Tensor):
+        state = network.answer_for(state, wanted)
+        score = rule.score(state).masked_fill(~wanted, torch.nan)
+    else:
+        state = network.answer(state)
+        score = rule.score(state)
+    return state, score, score > limit
+
+
+def _ask(
+    network: StagedNetwork,
+    rule: Rule,
+    state: ExitState,
+    limit: Limit,
+    read: Flag,
+    mode: Mode,
+    generator: torch.Generator | None,
+) -> Scored:
+    """Asks the leave gate before the head, which is built for the rows that leave and where a later exit reads it."""
+    leaves = _flags(state, limit == -torch.inf)
+    asked = _flags(state, limit < torch.inf) & ~leaves
+    score = torch.full((len(state),), torch.nan, device=state.device)
+    if bool(asked.any()):
+        state, decision = network.consider(state, mode, None, generator, asked)
+        score = rule.score(state).masked_fill(~asked, torch.nan)
+        leaves = leaves | ((decision.action > 0) if mode == "sample" else (score > limit))
+    return network.answer_for(state, leaves | read), score, leaves
+
+
+def _flags(state: ExitState, flag: Flag) -> Bool[Tensor, " batch"]:
+    return flag if isinstance(flag, Tensor) else torch.full((len(state),), flag, device=state.device)
 
 
 @torch.no_grad()
@@ -150,6 +196,8 @@ def replay(
         state, decision = network.decide(state)
         state = network.advance(state, decision)
         if network.at_exit(state):
+            if rule.before_head and state.exit < network.exits - 1:
+                state, _ = network.consider(state)
             state = network.answer(state)
             answers.append(state.answered)
             if state.exit < network.exits:
@@ -172,25 +220,11 @@ def _check(thresholds: Float[Tensor, "rows limits"], shape: tuple[int, int]) -> 
 def exits_to_build(network: StagedNetwork, rule: Rule, limits: Sequence[Any]) -> list[Any]:
     """Which early exits must be built: one bool each, or (B,) bools where the rows differ.
 
-    An exit by which nobody may leave is built only if a later one that is built reads it: a patience-like rule or an
-    ensemble reads all before it, a cascaded head the one before it.
+    An exit by which nobody may leave is built only if a later one that is built reads it.
     """
-    built: list[Any] = [limit < torch.inf for limit in limits]
-    early = len(built)
-    ensemble = network.ensemble
-    # What the backbone's own exit reads is needed always; then backwards, because needing is inherited.
-    reads_all = ensemble.needs_every_exit and early < ensemble.exits
-    reads_previous = network.head(early).reads_previous
-    for exit in reversed(range(early)):
-        wanted = built[exit] | reads_all | reads_previous
-        if isinstance(wanted, Tensor) and bool((wanted == wanted[:1]).all()):
-            wanted = bool(wanted.any())
-        built[exit] = wanted
-        reads_previous = wanted & network.head(exit).reads_previous
-        reads_all = reads_all | (
-            wanted & (rule.needs_every_exit | (ensemble.needs_every_exit and exit < ensemble.exits))
-        )
-    return built
+    open_exits = [limit < torch.inf for limit in limits]
+    read = network.read_later(open_exits, rule.needs_every_exit)
+    return [one | other for one, other in zip(open_exits, read, strict=True)]
 
 
 def _leaving(network: StagedNetwork, state: ExitState) -> ExitState:

@@ -46,12 +46,41 @@ def leaves_of(tree: Any) -> list[Tensor]:
 
 def take(tree: Any, index: Int[Tensor, " rows"]) -> Any:
     """The given rows of every tensor of a tree, in the order of `index`."""
-    return map_tensors(lambda leaf: leaf.index_select(0, index), tree)
+    return map_tensors(lambda leaf: _rows(leaf, index), tree)
+
+
+def _rows(leaf: Tensor, index: Tensor) -> Tensor:
+    # `index_select` is the faster one, but moves channels apart that lie together; a convolution then moves them back.
+    return leaf[index] if is_channels_last(leaf) else leaf.index_select(0, index)
+
+
+def is_channels_last(leaf: Tensor) -> bool:
+    """Whether a tensor is a map whose channels lie together."""
+    return leaf.dim() == 4 and not leaf.is_contiguous() and leaf.is_contiguous(memory_format=torch.channels_last)
+
+
+def blank(leaf: Tensor, rows: int) -> Tensor:
+    """An unfilled tensor of so many rows, shaped and laid out as `leaf`."""
+    layout = torch.channels_last if is_channels_last(leaf) else torch.contiguous_format
+    return torch.empty((rows, *leaf.shape[1:]), dtype=leaf.dtype, device=leaf.device, memory_format=layout)
 
 
 def put(tree: Any, index: Int[Tensor, " rows"], part: Any) -> Any:
     """A copy of a tree in which the given rows are replaced by those of `part`."""
-    return map_tensors(lambda leaf, new: leaf.index_copy(0, index, new), tree, part)
+    return map_tensors(lambda leaf, new: leaf.clone().index_copy_(0, index, new), tree, part)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a dense pass expects of real execution, with gradient.
+
+    Args:
+        macs: (B,) multiply-adds that the relaxed decisions so far lead to.
+        here: (B,) share of the row that has not left; it pays for what comes.
+    """
+
+    macs: Float[Tensor, " batch"]
+    here: Float[Tensor, " batch"]
 
 
 @dataclass(frozen=True)
@@ -65,9 +94,11 @@ class ExitState:
         answer: (B, A) log-probabilities at the newest exit, after the ensemble; None before the first.
         macs: (B,) multiply-adds really executed for the row.
         decisions: one entry per gate met so far (see `rlexit.gates.Decision`).
+        leaving: one entry per leave gate asked so far, action 1 where the row wants to leave.
         carry: what gates keep within a pass.
         memory: what lives across env steps; None at the start of an episode.
         path: a static choice for the whole call, such as a width.
+        forecast: what relaxed decisions lead to, in dense passes; None in real execution.
         unit: the next unit.
         exit: exits met so far.
     """
@@ -78,9 +109,11 @@ class ExitState:
     answer: Float[Tensor, "batch outputs"] | None
     macs: Int[Tensor, " batch"]
     decisions: tuple[Any, ...] = ()
+    leaving: tuple[Any, ...] = ()
     carry: Any = None
     memory: Any = None
     path: tuple[Any, ...] = ()
+    forecast: Forecast | None = None
     unit: int = 0
     exit: int = 0
 
@@ -91,6 +124,32 @@ class ExitState:
         """The same state for the given rows only; raises nothing and forgets nothing."""
         chosen: ExitState = take(self, index)
         return chosen
+
+    def charge(self, macs: Int[Tensor, " batch"], expected: Float[Tensor, " batch"] | None = None) -> ExitState:
+        """The same state with more multiply-adds on every row's bill.
+
+        Args:
+            macs: (B,) executed.
+            expected: (B,) with gradient, for dense passes, which weigh it by the share that has not left; `macs` if None.
+        """
+        if self.forecast is None:
+            return replace(self, macs=self.macs + macs)
+        more = self.forecast.here * (macs if expected is None else expected)
+        return replace(self, macs=self.macs + macs, forecast=replace(self.forecast, macs=self.forecast.macs + more))
+
+    def share(self, here: Float[Tensor, " batch"]) -> ExitState:
+        """The same state of a dense pass, in which this (B,) share of the row pays for what comes."""
+        return replace(self, forecast=Forecast(self.expected_macs, here))
+
+    @property
+    def here(self) -> Float[Tensor, " batch"]:
+        """(B,) share of the row that has not left; all of it in real execution."""
+        return torch.ones(len(self), device=self.device) if self.forecast is None else self.forecast.here
+
+    @property
+    def expected_macs(self) -> Float[Tensor, " batch"]:
+        """(B,) multiply-adds that the decisions lead to: those executed, or those of the forecast, with gradient."""
+        return self.macs.to(torch.float32) if self.forecast is None else self.forecast.macs
 
     @property
     def answered(self) -> Float[Tensor, "batch outputs"]:

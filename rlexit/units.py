@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from rlexit.gates import Decision
 from rlexit.macs import macs_per_row
-from rlexit.state import leaves_of, map_tensors, put, take
+from rlexit.state import blank, leaves_of, map_tensors, take
 
 
 class Unit(nn.Module):
@@ -36,6 +36,17 @@ class Unit(nn.Module):
         """The way past the unit, of the same structure as `body`'s result."""
         raise ValueError(f"`{type(self).__name__}` must have a skip path to be gated by rows. Gate another unit.")
 
+    def skip_macs(self, features: Any) -> Int[Tensor, " batch"]:
+        """(B,) multiply-adds of `skip` for each row; 0 for a skip path without weights."""
+        batch, device = _batch(features)
+        return torch.zeros(batch, dtype=torch.int64, device=device)
+
+    def glance(self, features: Any) -> Tensor:
+        """The part of the unit's input that a gate before it sees; the whole of it by default."""
+        if not isinstance(features, Tensor):
+            raise TypeError(f"`{type(self).__name__}` must say by `glance` which of its features a gate sees.")
+        return features
+
     def tap(self, features: Any) -> Tensor:
         """The part of the unit's result that an exit after it reads; the whole of it by default."""
         if not isinstance(features, Tensor):
@@ -49,6 +60,20 @@ class Unit(nn.Module):
         """
         batch, device = _batch(features)
         return torch.full((batch,), macs_per_row(self, features), dtype=torch.int64, device=device)
+
+    def expected_macs(self, features: Any, decision: Decision | None = None) -> Float[Tensor, " batch"]:
+        """(B,) multiply-adds that the relaxed decision leads to, skip path included, with gradient in it.
+
+        A mask finer than a row counts as it is, without a gradient, unless a subclass knows better.
+        """
+        macs = self.macs(features, decision).to(torch.float32)
+        if decision is None or not self.skippable:
+            return macs
+        if decision.relaxed.dim() == 1:
+            weight = decision.relaxed
+        else:
+            weight = (decision.action > 0).to(torch.float32)
+        return weight * macs + (1 - weight) * self.skip_macs(features)
 
     def forward(self, features: Any, decision: Decision | None = None) -> Any:
         """The unit's body; skipping is `execute`'s business."""
@@ -69,17 +94,18 @@ class Unit(nn.Module):
             return self(features, decision), self.macs(features, decision)
         batch, device = _batch(features)
         macs = torch.zeros(batch, dtype=torch.int64, device=device)
-        result = self.skip(features) if 0 in actions else None
+        result = None
         for action in actions:
-            if action == 0:
-                continue
             index = torch.nonzero(decision.action == action).flatten()
             group, chosen = take(features, index), take(decision, index)
-            output = self(group, chosen)
-            macs[index] = self.macs(group, chosen)
+            if action == 0:
+                output, cost = self.skip(group), self.skip_macs(group)
+            else:
+                output, cost = self(group, chosen), self.macs(group, chosen)
+            macs[index] = cost
             if result is None:
-                result = map_tensors(lambda leaf: leaf.new_zeros((batch, *leaf.shape[1:])), output)
-            result = put(result, index, output)
+                result = map_tensors(lambda leaf: blank(leaf, batch), output)
+            map_tensors(lambda leaf, part, rows=index: leaf.index_copy_(0, rows, part), result, output)
         return result, macs
 
     def relax(self, features: Any, decision: Decision) -> Any:

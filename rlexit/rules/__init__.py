@@ -21,11 +21,13 @@ class Rule(Protocol):
     """Scores rows at an exit.
 
     `span` is the range of scores (lowest, highest), by which pictures scale them. `needs_every_exit`:
-    whether heads must be built where nobody may leave, because the score reads them.
+    whether heads must be built where nobody may leave, because the score reads them. `before_head`: whether the
+    network's own leave gate is asked, from the features and before the head, so that who goes on pays for no head.
     """
 
     span: tuple[float, float]
     needs_every_exit: bool
+    before_head: bool
 
     def score(self, state: ExitState) -> Float[Tensor, " batch"]:
         """(B,) larger leaves sooner; depends on the row itself only."""

@@ -21,6 +21,7 @@ class ConfidenceRule:
 
     span = (0.0, 1.0)
     needs_every_exit = False
+    before_head = False
 
     def score(self, state: ExitState) -> Float[Tensor, " batch"]:
         """Largest probability of the answer."""

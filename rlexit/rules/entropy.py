@@ -23,6 +23,7 @@ class EntropyRule:
 
     span = (-3.0, 0.0)
     needs_every_exit = False
+    before_head = False
 
     def score(self, state: ExitState) -> Float[Tensor, " batch"]:
         """Sum of p log p, where 0 log 0 is 0."""

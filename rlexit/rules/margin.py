@@ -23,6 +23,7 @@ class MarginRule:
 
     span = (0.0, 1.0)
     needs_every_exit = False
+    before_head = False
 
     def score(self, state: ExitState) -> Float[Tensor, " batch"]:
         """Difference of the two largest probabilities; 1 where there is only one output."""

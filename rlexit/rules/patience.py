@@ -25,6 +25,7 @@ class PatienceRule:
 
     span = (0.0, 3.0)
     needs_every_exit = True
+    before_head = False
 
     def score(self, state: ExitState) -> Float[Tensor, " batch"]:
         """Length of the streak."""

@@ -19,9 +19,9 @@ from rlexit.domain import Publisher
 from rlexit.ensembles import ensembles
 from rlexit.exit_policy import ExitPolicy
 from rlexit.export import export
-from rlexit.rules import rules
 from rlexit.runtime import run
 from tests.agents.small_run import CONFIG, ENV, save_teacher, small_session
+from tests.rlexit.toys import SCORERS
 
 FRAMES = np.random.default_rng(0).integers(0, 256, (16, 4, 84, 84), dtype=np.uint8)
 
@@ -70,7 +70,7 @@ def test_the_verb_writes_the_zip_beside_the_teacher(tmp_path):
     assert read_sb3_policy(path)["action_net.bias"].shape == (6,)
 
 
-@pytest.mark.parametrize("rule", list(rules))
+@pytest.mark.parametrize("rule", SCORERS)
 def test_nature_cnn_with_ztw_s_heads_is_served_as_it_runs(tmp_path, rule):
     pytest.importorskip("onnx", reason="the extra `export` is not installed")
     pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")

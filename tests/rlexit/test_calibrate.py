@@ -25,9 +25,8 @@ from rlexit.calibrate import (
 )
 from rlexit.costs import CostTable, cost_table
 from rlexit.exit_policy import ExitPolicy
-from rlexit.rules import rules
 from rlexit.runtime import run
-from tests.rlexit.toys import TOYS
+from tests.rlexit.toys import SCORERS, TOYS
 
 INF = math.inf
 
@@ -51,7 +50,7 @@ def test_a_row_leaves_at_the_first_exit_above_the_threshold():
     assert scores.relative_macs(0.5) == pytest.approx((20 + 60 + 110) / 300)
 
 
-@pytest.mark.parametrize("rule", list(rules))
+@pytest.mark.parametrize("rule", SCORERS)
 @pytest.mark.parametrize("name", ["cascade", "multi_scale", "carried_gate"])
 def test_rows_are_scored_as_running_them_does(name, rule):
     toy = TOYS[name]

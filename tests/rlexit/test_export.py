@@ -15,9 +15,8 @@ from rlexit.graphs import check_exportable, plan_stages, stage_graphs
 from rlexit.heads import PooledConvHead
 from rlexit.network import StagedNetwork
 from rlexit.rewrites import RewrittenHead
-from rlexit.rules import rules
 from rlexit.runtime import run
-from tests.rlexit.toys import EXITS, OUTPUTS, TOYS, parting, staged
+from tests.rlexit.toys import EXITS, OUTPUTS, SCORERS, TOYS, parting, staged
 
 pytest.importorskip("onnx", reason="the extra `export` is not installed")
 pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
@@ -45,7 +44,7 @@ def policy_of(network: StagedNetwork, rule: str) -> ExitPolicy:
 # ---- parity ----
 
 
-@pytest.mark.parametrize("rule", list(rules))
+@pytest.mark.parametrize("rule", SCORERS)
 @pytest.mark.parametrize(("cascade", "ensemble"), [(False, "none"), (True, "geometric"), (True, "additive")])
 def test_an_export_acts_as_the_network_does(tmp_path, cascade, ensemble, rule):
     network = toy(cascade, ensemble)
@@ -61,7 +60,7 @@ def test_an_export_acts_as_the_network_does(tmp_path, cascade, ensemble, rule):
     np.testing.assert_allclose(got.scores, wanted.scores.numpy(), atol=1e-4)
 
 
-@pytest.mark.parametrize("rule", list(rules))
+@pytest.mark.parametrize("rule", SCORERS)
 def test_the_nested_graph_acts_as_the_stages_do(tmp_path, rule):
     network = toy()
     policy = policy_of(network, rule)

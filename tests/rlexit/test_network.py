@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from rlexit.ensembles import GeometricEnsemble
+from rlexit.exit_policy import ExitPolicy
 from rlexit.heads import LinearHead, ModuleHead
 from rlexit.network import StagedNetwork
 from rlexit.objectives import cross_entropy
+from rlexit.runtime import replay
 from rlexit.units import ModuleUnit
 from tests.rlexit.toys import EXITS, MAP, OUTPUTS, TOYS, HeadConfig, SkipGate, linear_heads, skips, staged, watched
 
@@ -122,12 +124,12 @@ def test_the_price_of_compute_reaches_the_gates():
     assert gate.net.weight.grad.abs().sum() > 0
 
 
-def test_expected_macs_are_the_units_that_the_gates_let_pass():
-    network = skips()
-    trace = network(TOYS["skips"].inputs(7))
-    ran = 1 + sum(decision.action for decision in trace.decisions)
-    block = 4 * 4 * 9 * 64
-    torch.testing.assert_close(trace.expected_macs, ran.float() * block)
+@pytest.mark.parametrize("name", list(TOYS))
+def test_expected_macs_of_hard_decisions_are_what_is_executed(name):
+    toy = TOYS[name]
+    network, inputs = toy.network(), toy.inputs(7)
+    executed = replay(network, ExitPolicy.full(network.exits), inputs).macs
+    torch.testing.assert_close(network(inputs).expected_macs, executed.float())
 
 
 # ---- decisions ----

@@ -10,6 +10,7 @@ import torch
 from rlexit.config import RULES
 from rlexit.rules import Rule, rules
 from rlexit.state import ExitState
+from tests.rlexit.toys import SCORERS
 
 
 def state_of(logits: torch.Tensor) -> ExitState:
@@ -35,11 +36,11 @@ def logits():
     return torch.randn((7, 3, 6), generator=torch.Generator().manual_seed(0)) * 2
 
 
-def test_all_four_rules_register_themselves():
-    assert {"confidence", "entropy", "margin", "patience"} <= set(rules)
+def test_all_five_rules_register_themselves():
+    assert {"confidence", "entropy", "learned", "margin", "patience"} <= set(rules)
 
 
-@pytest.mark.parametrize("name", list(rules))
+@pytest.mark.parametrize("name", SCORERS)
 def test_every_rule_gives_one_finite_score_per_row(name, logits):
     rule = rules[name]()
     assert isinstance(rule, Rule)
@@ -49,7 +50,7 @@ def test_every_rule_gives_one_finite_score_per_row(name, logits):
         assert torch.isfinite(score).all()
 
 
-@pytest.mark.parametrize("name", list(rules))
+@pytest.mark.parametrize("name", SCORERS)
 def test_every_rule_reads_a_rows_own_numbers_only(name, logits):
     rule = rules[name]()
     together = rule.score(state_of(logits))
@@ -59,7 +60,7 @@ def test_every_rule_reads_a_rows_own_numbers_only(name, logits):
     torch.testing.assert_close(mirrored.flip(0), together)
 
 
-@pytest.mark.parametrize("name", list(rules))
+@pytest.mark.parametrize("name", SCORERS)
 def test_every_rule_lets_the_surer_row_leave_sooner(name):
     surer = torch.tensor([9.0, 0.0, 0.0]).expand(3, 3)
     unsure = torch.tensor([[0.0, 0.1, 0.0], [0.0, 0.0, 0.1], [0.1, 0.0, 0.0]])
@@ -67,14 +68,14 @@ def test_every_rule_lets_the_surer_row_leave_sooner(name):
     assert score[0] > score[1]
 
 
-@pytest.mark.parametrize("name", list(rules))
+@pytest.mark.parametrize("name", SCORERS)
 def test_every_rule_works_with_a_single_output(name):
     score = rules[name]().score(state_of(torch.zeros(4, 2, 1)))
     assert score.shape == (4,)
     assert torch.isfinite(score).all()
 
 
-@pytest.mark.parametrize("name", list(rules))
+@pytest.mark.parametrize("name", SCORERS)
 def test_a_rule_that_needs_no_earlier_exit_reads_none(name, logits):
     rule = rules[name]()
     blind = logits.clone()

@@ -17,10 +17,9 @@ from rlexit.exit_policy import ExitPolicy
 from rlexit.heads import ModuleHead
 from rlexit.metrics import hindsight_improvability
 from rlexit.network import StagedNetwork
-from rlexit.rules import rules
 from rlexit.runtime import RunResult, replay, run
 from rlexit.units import Unit
-from tests.rlexit.toys import CHANNELS, EXITS, OUTPUTS, TOYS, Toy, parting, staged, watched
+from tests.rlexit.toys import CHANNELS, EXITS, OUTPUTS, SCORERS, TOYS, Toy, parting, staged, watched
 
 BATCHES = (0, 1, 7)
 GATED = [name for name, toy in TOYS.items() if toy.gated]
@@ -124,7 +123,7 @@ def test_leaving_always_at_an_exit_gives_what_forward_answers_there(name, batch)
         assert result.exits.tolist() == [exit] * batch
 
 
-@pytest.mark.parametrize("rule", list(rules))
+@pytest.mark.parametrize("rule", SCORERS)
 @pytest.mark.parametrize("name", list(TOYS))
 def test_a_row_alone_is_run_as_in_a_batch(name, rule):
     toy = TOYS[name]
@@ -193,7 +192,7 @@ def test_executing_everything_is_the_plain_backbone_bit_for_bit(name):
         assert torch.equal(result.answers, logits.log_softmax(dim=-1))
 
 
-@pytest.mark.parametrize("rule", list(rules))
+@pytest.mark.parametrize("rule", SCORERS)
 @pytest.mark.parametrize("name", list(TOYS))
 def test_replaying_all_exits_acts_as_running_them(name, rule):
     toy = TOYS[name]
@@ -315,7 +314,7 @@ def test_a_finite_threshold_that_nobody_passes_pays_for_its_head():
 
 def test_scores_are_given_where_a_rule_was_asked_for_and_nan_elsewhere():
     network, inputs = staged(cascade=False), TOYS["cascade"].inputs(3)
-    for rule in rules:
+    for rule in SCORERS:
         limits = torch.tensor([[INF, INF], [1e9, INF], [-INF, INF]])
         scores = run(network, ExitPolicy(rule, (INF, INF)), inputs, thresholds=limits).scores
         assert scores.isnan().tolist() == [[True, True, True], [False, True, True], [False, True, True]], rule
@@ -346,7 +345,7 @@ def test_thresholds_per_row_act_as_each_rows_own_policy(name, table, rule):
 
 
 def test_minus_infinity_lets_everybody_leave_whatever_the_score():
-    for rule in rules:
+    for rule in SCORERS:
         for toy in TOYS.values():
             assert run(toy.network(), ExitPolicy(rule, (-INF, INF)), toy.inputs(3)).exits.tolist() == [0, 0, 0]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlexit.gates import Decision
-from rlexit.state import ExitState, leaves_of, map_tensors, put, take
+from rlexit.state import ExitState, Forecast, leaves_of, map_tensors, put, take
 
 Scales = namedtuple("Scales", ["fine", "coarse"])
 
@@ -80,6 +80,8 @@ def full_state(batch: int) -> ExitState:
         answer=real[:, None].expand(batch, 3),
         macs=row,
         decisions=(decision, decision),
+        leaving=(decision,),
+        forecast=Forecast(real, real),
         carry={"hidden": real[:, None], "count": row},
         memory=(real, row),
         path=(0.5, "narrow"),

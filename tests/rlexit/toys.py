@@ -24,6 +24,7 @@ from rlexit.gates import Decision, Gate, Mode
 from rlexit.heads import Head, LinearHead, ModuleHead, PooledConvHead
 from rlexit.macs import macs_per_row
 from rlexit.network import StagedNetwork
+from rlexit.rules import rules
 from rlexit.state import ExitState
 from rlexit.units import ModuleUnit, Unit
 
@@ -31,6 +32,8 @@ CHANNELS = 4
 SIDE = 8
 OUTPUTS = 5
 EXITS = 3
+# Rules that read an answer; the learned one reads the network's own gates (tests/rlexit/test_leave.py).
+SCORERS = [name for name in rules if not rules[name].before_head]
 
 
 # ---- what hooks see ----
@@ -116,7 +119,7 @@ class SkipGate(Gate):
         weight = logits.softmax(dim=-1)[:, 1]
         return decision_of(logits, action, action, action + weight - weight.detach()), state.carry
 
-    def macs(self, state: ExitState) -> Tensor:
+    def macs(self, state: ExitState, decision: Decision | None = None) -> Tensor:
         return torch.full_like(state.macs, macs_per_row(self.net, pooled(state.features)))
 
 
@@ -144,13 +147,15 @@ class RecurrentGate(Gate):
         decision = decision_of(logits, action, action, action + weight - weight.detach())
         return decision, {"hidden": hidden, "ran": carry["ran"] + action}
 
-    def macs(self, state: ExitState) -> Tensor:
+    def macs(self, state: ExitState, decision: Decision | None = None) -> Tensor:
         one = macs_per_row(self.out, state.features.new_zeros(1, CHANNELS))
         return torch.full_like(state.macs, one + macs_per_row(self.cell, state.features.new_zeros(1, 2 * CHANNELS)))
 
 
 class WidthGate(Gate):
     """Chooses for each row how many channels of the next unit are computed; always at least one."""
+
+    may_skip = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -165,7 +170,7 @@ class WidthGate(Gate):
         kept = (torch.arange(CHANNELS) < index[:, None] + 1).float()
         return decision_of(logits, index, index + 1, kept), state.carry
 
-    def macs(self, state: ExitState) -> Tensor:
+    def macs(self, state: ExitState, decision: Decision | None = None) -> Tensor:
         return torch.full_like(state.macs, macs_per_row(self.net, pooled(state.features)))
 
 
@@ -193,7 +198,7 @@ class PixelGate(Gate):
         action = mask.flatten(1).amax(dim=1).to(torch.int64) if len(state) else state.rows
         return Decision(action, mask + weight - weight.detach(), nothing, nothing), state.carry
 
-    def macs(self, state: ExitState) -> Tensor:
+    def macs(self, state: ExitState, decision: Decision | None = None) -> Tensor:
         return torch.full_like(state.macs, macs_per_row(self.net, state.features))
 
 
