@@ -117,7 +117,8 @@ def classifier(
     exits: dict[str, Head] = {}
     prefixes = {f"heads.{backbone.blocks[-1].name}.module": backbone.prefix}
     for block in backbone.blocks:
-        units[block.name] = ModuleUnit(initialised(block.module))
+        module = initialised(block.module)
+        units[block.name] = module if isinstance(module, Unit) else ModuleUnit(module)
         prefixes[f"units.{block.name}.module"] = block.prefix
         if block.name in taps:
             kind = "linear" if len(block.shape) == 1 else early.kind

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from rlexit.config import HeadConfig
 from rlexit.costs import cost_table, parameters
 from rlexit.exit_policy import ExitPolicy
 from rlexit.runtime import run
+from rlexit.state import leaves_of
+from rlexit.units import Unit
 from vision.backbones import backbones
 from vision.config import BACKBONES, BackboneConfig, NetworkConfig, VisionConfig
 from vision.data import NORMALISATION
@@ -26,7 +29,8 @@ EVERY = NetworkConfig(every=1)
 DATA = os.environ.get("RLEXIT_DATA", "")
 SIDES = {"vgg": 32, "resnet50": 32}
 NARROW = {
-    name: BackboneConfig(name, width=0.125, depth=8 if name in ("resnet_cifar", "wrn") else 0) for name in BACKBONES
+    name: BackboneConfig(name, width=0.125, depth={"resnet_cifar": 8, "wrn": 8, "densenet": 16}.get(name, 0))
+    for name in BACKBONES
 }
 RESNET = BackboneConfig("resnet_cifar", 56)
 WRN = BackboneConfig("wrn", 32, 4.0)
@@ -72,6 +76,31 @@ def test_resnet_50_has_the_sizes_and_costs_of_torchvision_s():
     assert cost_table(network, torch.zeros((1, 3, 224, 224), dtype=torch.uint8)).full == 4_089_184_256
 
 
+# Million MACs by depth: methods/ddi_skipnet_blockdrop.md 3.1.
+MACS = {
+    "A": {8: 12.24, 14: 26.40, 20: 40.55, 26: 54.71, 32: 68.86, 38: 83.02, 44: 97.17, 56: 125.49, 74: 167.95}
+    | {110: 252.89, 128: 295.36, 152: 351.98},
+    "B": {8: 12.50, 14: 26.66, 20: 40.81, 26: 54.97, 32: 69.12, 38: 83.28, 44: 97.44, 56: 125.75, 74: 168.22}
+    | {110: 253.15, 128: 295.62, 152: 352.24},
+    "densenet": {40: 72.4, 76: 187.2, 82: 210.6, 88: 235.2, 94: 260.9, 100: 287.9},
+}
+
+
+@pytest.mark.parametrize(("family", "depth"), [(family, depth) for family in MACS for depth in MACS[family]])
+def test_every_published_depth_costs_what_is_published(family, depth):
+    named = BackboneConfig(family, depth) if family == "densenet" else BackboneConfig(depth=depth, shortcut=family)
+    found = cost_table(classifier(named, 10, 32).eval(), torch.zeros((1, 3, 32, 32), dtype=torch.uint8)).full / 1e6
+    assert round(found, 1 if family == "densenet" else 2) == MACS[family][depth]
+
+
+def test_a_block_costs_the_same_in_every_group_and_less_where_it_strides():
+    network = classifier(BackboneConfig(depth=38, shortcut="A"), 10, 32).eval()
+    units = cost_table(network, torch.zeros((1, 3, 32, 32), dtype=torch.uint8)).units
+    blocks = {name: macs for name, macs in units.items() if name.startswith("layer")}
+    assert {macs for name, macs in blocks.items() if name not in ("layer2_0", "layer3_0")} == {4_718_592}
+    assert blocks["layer2_0"] == blocks["layer3_0"] == 3_538_944
+
+
 def test_resnets_with_option_a_have_no_weights_in_their_shortcuts():
     sizes = {depth: parameters(classifier(BackboneConfig(depth=depth, shortcut="A"), 10, 32)) for depth in (20, 56)}
     assert sizes == {20: 269_722, 56: 853_018}
@@ -93,10 +122,12 @@ def test_every_block_can_have_an_exit_and_real_execution_agrees_with_all_at_once
 @pytest.mark.parametrize("name", BACKBONES)
 def test_declared_shapes_are_what_blocks_give(name):
     backbone = backbones[name](NARROW[name], 5, side(name))
-    features = torch.zeros(2, 3, side(name), side(name))
+    features: Any = torch.zeros(2, 3, side(name), side(name))
     for block in backbone.blocks:
-        features = block.module.eval()(features)
-        assert features.shape == (2, *block.shape), block.name
+        unit = block.module.eval()
+        features = unit(features)
+        seen = unit.tap(features) if isinstance(unit, Unit) else features
+        assert seen.shape == (2, *block.shape), block.name
     assert backbone.head(features).shape == (2, 5)
 
 
@@ -105,9 +136,9 @@ def test_units_leave_what_they_read_untouched(name):
     network = classifier(NARROW[name], 5, side(name), network=EVERY, head=HEAD).eval()
     state = network.begin(torch.randint(0, 256, (2, 3, side(name), side(name)), dtype=torch.uint8))
     while not network.finished(state):
-        before = state.features.clone()
+        before = [leaf.clone() for leaf in leaves_of(state.features)]
         after = network.advance(state)
-        assert torch.equal(state.features, before)
+        assert all(map(torch.equal, leaves_of(state.features), before))
         state = after
 
 
@@ -151,6 +182,8 @@ def test_the_given_images_are_normalised_inside_whether_bytes_or_floats():
         (BackboneConfig("vgg"), 48, "`data.side` must be a multiple of 32 for vgg"),
         (BackboneConfig("vgg", 19), 32, "`backbone.depth` must be 16 for vgg, got 19"),
         (BackboneConfig("mobilenet", 3), 32, "`backbone.depth` must be 0 for mobilenet"),
+        (BackboneConfig("densenet", 41), 32, r"`backbone.depth` must be 6n \+ 4 for densenet, got 41"),
+        (BackboneConfig("densenet", 40), 30, "`data.side` must be a multiple of 4 for densenet, got 30"),
         (BackboneConfig("resnet50", 51), 224, "`backbone.depth` must be one of 50, 101, 152"),
         (BackboneConfig("resnet50"), 16, "`data.side` must be at least 32 for resnet50"),
     ],

@@ -22,8 +22,9 @@ class Block:
 
     Args:
         name: of the unit; without dots.
-        module: (B, ...) to (B, *shape).
-        shape: of what it gives for one image.
+        module: (B, ...) to (B, *shape); or a unit, where it is more than a module of one tensor: one that can be skipped,
+            or whose features are several tensors. Its tensors are those of its part `module`.
+        shape: of what it gives for one image, as its `tap` says where it is a unit.
         prefix: of its tensors' names in a plain state dict.
         counts: whether `network.every` counts it; the stem and the final pooling are not counted.
     """
