@@ -19,6 +19,7 @@ from agents.config import AgentsConfig
 from agents.exporters import save_sb3
 from agents.importers import import_sb3
 from rlexit import checkpoint
+from rlexit.config import Method
 from rlexit.costs import cost_table
 from rlexit.domain import Act, Batches, Played, Split, Watch
 from rlexit.ensembles import ensembles
@@ -105,11 +106,11 @@ class AgentsDomain:
                 )
         load_sb3(nature_network(self.actions), tensors)
 
-    def network(self, teacher_folder: Path, cascade: bool, ensemble: str) -> StagedNetwork:
+    def network(self, teacher_folder: Path, method: Method) -> StagedNetwork:
         """The frozen actor with fresh early heads."""
         taps = self.config.network.taps
         network = nature_network(
-            self.actions, taps, self.config.head, cascade, ensembles[ensemble](len(taps), self.actions)
+            self.actions, taps, self.config.head, method.cascade, ensembles[method.ensemble](len(taps), self.actions)
         )
         load_sb3(network, checkpoint.load(teacher_folder, teacher.TEACHER)[0])
         return network
@@ -217,9 +218,9 @@ class AgentsDomain:
         )
         return taken.save(path_without_suffix)
 
-    def blank(self, cascade: bool) -> StagedNetwork:
+    def blank(self, method: Method) -> StagedNetwork:
         """The network with exits, untrained; for counting."""
-        return nature_network(self.actions, self.config.network.taps, self.config.head, cascade)
+        return nature_network(self.actions, self.config.network.taps, self.config.head, method.cascade)
 
     def adopt(self, path: Path, folder: Path) -> None:
         """Makes a zip of stable-baselines3 the teacher."""

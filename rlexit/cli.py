@@ -19,10 +19,11 @@ if TYPE_CHECKING:
     from rlexit.settings import Parser
 
 VERBS = {
-    "run": "train, distill, calibrate, evaluate and report, skipping what is done",
+    "run": "train, distill, refine, calibrate, evaluate and report, skipping what is done",
     "train": "make a teacher (PPO for Atari, SGD for images)",
     "import": "adopt a teacher: --sb3 FILE.zip or --weights FILE, --as NAME, without unpickling anything",
     "distill": "train exits on the frozen teacher",
+    "refine": "reinforcement learning on exit and gate decisions: reward minus a price on compute",
     "calibrate": "choose thresholds: --target_macs 0.5 or --max_return_drop 0.05",
     "evaluate": "play test episodes at a grid of thresholds and at the calibrated ones",
     "report": "tables, plots and one HTML page from any run folders",

@@ -39,6 +39,7 @@ from rlexit.session import (
     calibrated_policy,
     load_network,
     made,
+    plain_teacher,
     weights_hash,
 )
 
@@ -63,7 +64,7 @@ def subject(session: Session, method: str, label: str | None) -> tuple[StagedNet
     """
     if method == TEACHERS:
         session.domain.accept(made(session.teacher, TEACHER, "train"))
-        network = session.domain.network(session.teacher, False, "none").eval()
+        network = plain_teacher(session).eval()
         return network, ExitPolicy.full(network.exits)
     if method not in METHODS:
         raise unknown("--method", method, (*METHODS, TEACHERS))

@@ -61,8 +61,8 @@ def work(verb: str, options: argparse.Namespace, config: CoreConfig, place: Plac
     methods = place.methods or config.methods
     # A config that cannot be built is told before hours of work, not after.
     for method in methods:
-        blank = domain.blank(METHODS[method].cascade)
-        if verb in ("run", "calibrate") and not METHODS[method].static:
+        blank = domain.blank(METHODS[method])
+        if verb in ("run", "calibrate") and not METHODS[method].static and not METHODS[method].refines:
             for target in config.calibrate.target_macs:
                 check_target(cost_table(blank, domain.example()), target)
     with stop_on_signals() as stop:
@@ -101,11 +101,12 @@ def _plan(session: Session) -> None:
     from rlexit.costs import cost_table, parameters
 
     domain, out = session.domain, session.console
-    for stage in ("train", *(f"distill {method}" for method in session.methods)):
+    refined = (f"refine {method}" for method in session.methods if METHODS[method].refines)
+    for stage in ("train", *(f"distill {method}" for method in _distilled(session.methods)), *refined):
         name, _, method = stage.partition(" ")
         state = "done" if session.stage(name, method).is_done() else "to do"
         out.print(f"plan       {stage}: {state}")
-    network = domain.blank(METHODS[session.methods[0]].cascade)
+    network = domain.blank(METHODS[session.methods[0]])
     costs = cost_table(network, domain.example())
     table = Table("leave after", "MACs", "relative", title=f"one decision; full network {costs.full:,} MACs")
     for name, macs in zip(network.exit_names, costs.exits, strict=True):
@@ -147,7 +148,7 @@ def _each_method(verb: str) -> Callable[[Any, argparse.Namespace], None]:
 
         if verb == "evaluate":
             verbs.evaluate_teacher(session)
-        for method in session.methods:
+        for method in _distilled(session.methods) if verb == "distill" else session.methods:
             found = getattr(verbs, {"evaluate": "evaluate_method"}.get(verb, verb))(session, method)
             for policy in found or ():
                 thresholds = ", ".join(f"{value:.4g}" for value in policy.thresholds)
@@ -156,10 +157,24 @@ def _each_method(verb: str) -> Callable[[Any, argparse.Namespace], None]:
     return do
 
 
+def _distilled(methods: Sequence[str]) -> tuple[str, ...]:
+    """The methods that distillation makes: those that are refined start from another one."""
+    return tuple(dict.fromkeys(METHODS[method].refines or method for method in methods))
+
+
+def _refine(session: Session, options: argparse.Namespace) -> None:
+    from rlexit import verbs
+
+    # Where none is, the first one's error says which methods are refined.
+    for method in [name for name in session.methods if METHODS[name].refines] or session.methods[:1]:
+        verbs.refine(session, method)
+
+
 def _run(session: Session, options: argparse.Namespace) -> None:
     from rlexit.domain import Filming
 
-    for verb in ("train", "distill", "calibrate", "evaluate"):
+    refined = any(METHODS[method].refines for method in session.methods)
+    for verb in ("train", "distill", *(("refine",) if refined else ()), "calibrate", "evaluate"):
         WORK[verb](session, options)
     for method in session.methods if isinstance(session.domain, Filming) else ():
         if session.calibrated(method):  # a film needs an exit policy; without one there is still a grid to report
@@ -215,6 +230,7 @@ WORK: dict[str, Callable[[Any, argparse.Namespace], None]] = {
     "train": _train,
     "import": _import,
     "distill": _each_method("distill"),
+    "refine": _refine,
     "calibrate": _each_method("calibrate"),
     "evaluate": _each_method("evaluate"),
     "video": _video,

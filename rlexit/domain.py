@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 import numpy as np
 from torch import Tensor
 
-from rlexit.config import CoreConfig
+from rlexit.config import CoreConfig, Method
 from rlexit.exit_policy import ExitPolicy
 from rlexit.network import StagedNetwork
 
@@ -102,8 +102,8 @@ class Domain(Protocol):
         """Raises CheckpointError unless the teacher in `folder` is one of this task, protocol and network."""
         ...
 
-    def network(self, teacher: Path, cascade: bool, ensemble: str) -> StagedNetwork:
-        """The frozen teacher with fresh early heads."""
+    def network(self, teacher: Path, method: Method) -> StagedNetwork:
+        """The frozen teacher with a method's fresh heads, and gates if it has any; `Method()` is the plain teacher."""
         ...
 
     def static_networks(self, teacher: Path) -> dict[str, StagedNetwork]:
@@ -134,8 +134,8 @@ class Domain(Protocol):
         """Plays (policy index, episode index) jobs on the seeds of a split; without a network, at random."""
         ...
 
-    def blank(self, cascade: bool) -> StagedNetwork:
-        """The network with exits, untrained; for counting, and to prove the config before any work is done."""
+    def blank(self, method: Method) -> StagedNetwork:
+        """A method's network, untrained; for counting, and to prove the config before any work is done."""
         ...
 
     def adopt(self, path: Path, folder: Path) -> None:
@@ -144,6 +144,27 @@ class Domain(Protocol):
 
     def protocol(self) -> dict[str, Any]:
         """What else a value depends on; stands in every row."""
+        ...
+
+
+@runtime_checkable
+class Refining(Protocol):
+    """What a domain has besides, if it can refine decisions by reinforcement learning."""
+
+    def refine(self, network: StagedNetwork, teacher: Path, folder: Path, seed: int, watch: Watch) -> dict[str, float]:
+        """Refines a network in place, or goes on where an earlier call stopped.
+
+        Args:
+            network: of a method that is refined; holds the weights it starts from.
+            teacher: folder of the frozen original.
+            folder: for checkpoints and curves.
+            seed: of games and draws.
+            watch: stop and progress.
+        Returns:
+            Last values of the curves, by tag.
+        Raises:
+            Stopped: `watch` says so; the state is saved.
+        """
         ...
 
 

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 
 from rlexit import checkpoint
-from rlexit.config import METHODS
+from rlexit.config import METHODS, Method
 from rlexit.domain import Domain, Watch
 from rlexit.exit_policy import ExitPolicy
 from rlexit.interrupts import StopFlag, Stopped
@@ -84,6 +84,13 @@ class Session:
             return Stage(
                 self.method(method), name, {**settings, **sections}, config, ("state*", "policy*", "scalars.csv", "tb")
             )
+        if name == "refine":
+            source = METHODS[method].refines
+            settings["source"] = weights_hash(self.method(source), POLICY)
+            settings |= self.settings("network", "head", "refine", "env", "data")
+            return Stage(
+                self.method(method), name, settings, config, ("state*", "healthy*", "policy*", "scalars.csv", "tb")
+            )
         settings["policy"] = weights_hash(self.method(method), POLICY)
         if name == "calibrate":
             settings |= self.settings("calibrate")
@@ -144,7 +151,8 @@ def calibrated_policy(session: Session, method: str, label: str | None = None) -
 def load_network(session: Session, method: str) -> dict[str, StagedNetwork]:
     """The distilled networks of a method in evaluation mode: one named "", or the static ones by name."""
     folder = session.method(method)
-    tensors, _ = checkpoint.load(made(folder, POLICY, "distill"), POLICY)
+    verb = "refine" if METHODS[method].refines else "distill"
+    tensors, _ = checkpoint.load(made(folder, POLICY, verb), POLICY)
     session.domain.accept(made(session.teacher, TEACHER, "train"))
     networks = networks_of(session, method)
     for name, network in networks.items():
@@ -163,14 +171,18 @@ def networks_of(session: Session, method: str) -> dict[str, StagedNetwork]:
     """Fresh networks of a method: one named "", or the static ones by name."""
     if METHODS[method].static:
         return session.domain.static_networks(session.teacher)
-    kind = METHODS[method]
-    return {"": session.domain.network(session.teacher, kind.cascade, kind.ensemble)}
+    return {"": session.domain.network(session.teacher, METHODS[method])}
+
+
+def plain_teacher(session: Session) -> StagedNetwork:
+    """The teacher itself: no early exit is ever left, and no gate asked."""
+    return session.domain.network(session.teacher, Method())
 
 
 def learnt(network: StagedNetwork, method: str) -> dict[str, torch.Tensor]:
-    """What distillation changes and so saves: early heads and ensemble; static networks whole."""
+    """What training changes and so saves: early heads and ensemble; static and refined networks whole."""
     state = network.state_dict()
-    if METHODS[method].static:
+    if METHODS[method].static or METHODS[method].refines:
         return dict(state)
     frozen = ("units.", f"heads.{network.exit_names[-1]}.")
     return {key: value for key, value in state.items() if not key.startswith(frozen)}

@@ -17,7 +17,7 @@ from rlexit import calibrate as calibration
 from rlexit.config import METHODS
 from rlexit.costs import cost_table, parameters
 from rlexit.distill import Distiller, ExitStudent, StaticStudent
-from rlexit.domain import Filming, Watch
+from rlexit.domain import Filming, Refining, Watch
 from rlexit.ensembles import ensembles
 from rlexit.evaluate import Subject, evaluate, exit_costs, latencies, method_name
 from rlexit.exit_policy import ExitPolicy
@@ -34,6 +34,7 @@ from rlexit.session import (
     load_network,
     made,
     networks_of,
+    plain_teacher,
     policies_of,
     weights_hash,
 )
@@ -63,7 +64,7 @@ def distill(session: Session, method: str) -> None:
         session.console.print(f"distill    done already  {folder}")
         return
     if METHODS[method].static:
-        teacher = session.domain.network(session.teacher, False, "none")
+        teacher = plain_teacher(session)
         none = ensembles["none"](len(networks), teacher.outputs)
         student: Any = StaticStudent(list(networks.values()), teacher, none)
     else:
@@ -77,6 +78,35 @@ def distill(session: Session, method: str) -> None:
     tensors = {
         f"{name}/{key}": value for name, network in networks.items() for key, value in learnt(network, method).items()
     }
+    checkpoint.save(folder, POLICY, tensors, {"method": method, "seed": session.seed, "curves": facts})
+    stage.finish(facts)
+
+
+def refine(session: Session, method: str) -> None:
+    """Refines the decisions of one method by reinforcement learning, from the distilled weights that it starts from.
+
+    Raises:
+        CheckpointError: those weights are missing.
+        ValueError: the method is not refined, or the domain cannot refine.
+    """
+    kind, domain = METHODS[method], session.domain
+    if not kind.refines:
+        known = ", ".join(name for name, one in METHODS.items() if one.refines)
+        raise ValueError(f"`--methods` must be of {known} to refine, got {method}.")
+    if not isinstance(domain, Refining):
+        raise ValueError(f"`refine` must be of a domain that can, got {domain.task}. Distill instead.")
+    source = load_network(session, kind.refines)[""]
+    stage = session.stage("refine", method)
+    folder = session.method(method)
+    torch.manual_seed(session.seed)
+    network = networks_of(session, method)[""]
+    network.load_state_dict(source.state_dict(), strict=False)
+    if not session.begin(stage):
+        session.console.print(f"refine     done already  {folder}")
+        return
+    with session.watch(f"refine {method}", "samples") as watch:
+        facts = domain.refine(network, session.teacher, folder, session.seed, watch)
+    tensors = {f"/{key}": value for key, value in learnt(network, method).items()}
     checkpoint.save(folder, POLICY, tensors, {"method": method, "seed": session.seed, "curves": facts})
     stage.finish(facts)
 
@@ -151,7 +181,7 @@ def _candidates(
     settings = session.domain.config.calibrate
     full = scores.costs.full
     # Not the method's own network: its ensemble may have a say in the last exit too.
-    whole = session.domain.network(session.teacher, False, "none")
+    whole = plain_teacher(session)
     grid = calibration.threshold_grid(scores, settings.candidates)
     tried = (calibration.shared_policy(settings.rule, threshold, network.exits) for threshold in grid)
     # Rows are told apart by labels, which have six digits.
@@ -188,7 +218,7 @@ def evaluate_teacher(session: Session) -> None:
     stage = session.stage("evaluate")
     if not session.begin(stage):
         return
-    network = session.domain.network(session.teacher, False, "none")
+    network = plain_teacher(session)
     full = cost_table(network, session.domain.example()).full
     whole = ExitPolicy.full(network.exits)
     subject = Subject("teacher", 0, network, [whole], full)
@@ -212,7 +242,7 @@ def evaluate_method(session: Session, method: str) -> None:
     if not session.begin(stage):
         session.console.print(f"evaluate   done already  {folder}")
         return
-    teacher = session.domain.network(session.teacher, False, "none")
+    teacher = plain_teacher(session)
     full = cost_table(teacher, session.domain.example()).full
     settings = session.domain.config.evaluate
     path = folder / "eval" / "episodes.csv"

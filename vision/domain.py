@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rlexit import checkpoint
+from rlexit.config import Method
 from rlexit.domain import Act, Batches, Played, Split, Watch
 from rlexit.ensembles import Ensemble, ensembles
 from rlexit.exit_policy import ExitPolicy, threshold_rows
@@ -110,9 +111,9 @@ class VisionDomain:
             )
         load_weights(self._classifier(), tensors, f"`{folder}`")
 
-    def network(self, teacher: Path, cascade: bool, ensemble: str) -> StagedNetwork:
+    def network(self, teacher: Path, method: Method) -> StagedNetwork:
         """The frozen classifier with fresh early heads; its own exit takes part in the ensemble."""
-        network = self._classifier(None, self.config.network, cascade, ensembles[ensemble])
+        network = self._classifier(None, self.config.network, method.cascade, ensembles[method.ensemble])
         load_weights(network, checkpoint.load(teacher, train.TEACHER)[0], f"`{teacher}`")
         return network.eval()
 
@@ -126,9 +127,9 @@ class VisionDomain:
         """(1, 3, H, W) uint8."""
         return torch.zeros((1, 3, self.data.side, self.data.side), dtype=torch.uint8)
 
-    def blank(self, cascade: bool) -> StagedNetwork:
+    def blank(self, method: Method) -> StagedNetwork:
         """The network with exits, untrained; for counting."""
-        return self._classifier(None, self.config.network, cascade).eval()
+        return self._classifier(None, self.config.network, method.cascade).eval()
 
     def adopt(self, path: Path, folder: Path) -> None:
         """Makes given weights the teacher."""

@@ -15,7 +15,7 @@ from agents.config import AgentsConfig, CollectConfig, EnvConfig, NetworkConfig
 from agents.domain import FIRST_SEED, MAX_EPISODES, ROW_GAMES, ROW_SPACING, AgentsDomain, domain, episode_seed
 from rlexit import checkpoint
 from rlexit.checkpoint import CheckpointError
-from rlexit.config import DistillConfig, EvaluateConfig
+from rlexit.config import DistillConfig, EvaluateConfig, Method
 from rlexit.domain import Domain, Watch
 from rlexit.exit_policy import ExitPolicy
 from rlexit.interrupts import Stopped
@@ -145,7 +145,7 @@ def test_the_network_is_the_teacher_with_fresh_exits(pong, teacher):
     load_sb3(own, checkpoint.load(teacher, "teacher")[0])
     frames = torch.randint(0, 256, (3, 4, 84, 84), dtype=torch.uint8)
     assert torch.allclose(network.eval()(frames).logits[:, -1], own.eval()(frames).logits[:, 0], atol=1e-6)
-    assert pong.blank(False).exits == 3
+    assert pong.blank(Method()).exits == 3
     bare = domain(replace(CONFIG, network=NetworkConfig(taps=())))
     assert bare.network(teacher, False, "none").exits == 1
 

@@ -24,7 +24,7 @@ from agents.envs import AtariVecEnv
 from agents.panel import Panel, Step
 from rlexit import checkpoint, verbs
 from rlexit import session as session_module
-from rlexit.config import EvaluateConfig, HeadConfig
+from rlexit.config import METHODS, EvaluateConfig, HeadConfig
 from rlexit.costs import cost_table
 from rlexit.exit_policy import ExitPolicy
 from rlexit.interrupts import StopFlag
@@ -360,7 +360,7 @@ def session(tmp_path):
     kinds = ("weight", "bias")
     tensors = {f"{theirs}.{kind}": state[f"{ours}.{kind}"] for theirs, ours in names.items() for kind in kinds}
     checkpoint.save(session.teacher, "teacher", tensors, {"env": domain.protocol()})
-    exits = domain.network(session.teacher, True, "geometric")
+    exits = domain.network(session.teacher, METHODS["ztw"])
     learnt = {f"/{key}": value for key, value in session_module.learnt(exits, "ztw").items()}
     checkpoint.save(session.method("ztw"), "policy", learnt, {})
     return session

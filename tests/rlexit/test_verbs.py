@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from rlexit import checkpoint, report, verbs
 from rlexit.calibrate import TargetError
 from rlexit.checkpoint import CheckpointError
+from rlexit.config import METHODS, Method
 from rlexit.domain import Domain, Watch
 from rlexit.evaluate import Subject, evaluate
 from rlexit.exit_policy import ExitPolicy
@@ -180,9 +181,9 @@ def test_what_is_loaded_is_the_teacher_with_the_distilled_heads(done):
     made = session(done)
     network = load_network(made, "ztw")[""]
     inputs = torch.randn(5, toy.OBSERVED)
-    teacher = made.domain.network(made.teacher, False, "none")
+    teacher = made.domain.network(made.teacher, Method())
     assert torch.equal(network(inputs).answers[:, -1], teacher(inputs).answers[:, -1])
-    fresh = made.domain.network(made.teacher, True, "geometric")
+    fresh = made.domain.network(made.teacher, METHODS["ztw"])
     assert not torch.allclose(network(inputs).answers[:, 0], fresh(inputs).answers[:, 0])
     assert not network.training
 

@@ -16,7 +16,16 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from rlexit import checkpoint, settings
-from rlexit.config import CalibrateConfig, CoreConfig, DistillConfig, EvaluateConfig, HeadConfig, require
+from rlexit.config import (
+    CalibrateConfig,
+    CoreConfig,
+    DistillConfig,
+    EvaluateConfig,
+    HeadConfig,
+    Method,
+    RefineConfig,
+    require,
+)
 from rlexit.domain import Act, Batches, Played, Split, Watch
 from rlexit.ensembles import ensembles
 from rlexit.exit_policy import ExitPolicy, threshold_rows
@@ -85,6 +94,7 @@ SMALL = ToyConfig(
         checkpoint_buffers=5,
         static_widths=(0.5, 0.25),
     ),
+    refine=RefineConfig(steps=3),
     calibrate=CalibrateConfig(target_macs=(0.8,), max_return_drop=(0.5,), episodes=4, rounds=2, candidates=3),
     evaluate=EvaluateConfig(episodes=3, grid=3, n_envs=4, latency_rows=3),
 )
@@ -104,6 +114,8 @@ distill:
   learning_rate: 0.05
   checkpoint_buffers: 5
   static_widths: [0.5, 0.25]
+refine:
+  steps: 3
 calibrate:
   {target_macs: [0.8], max_return_drop: [0.5], episodes: 4, rounds: 2, candidates: 3}
 evaluate:
@@ -174,10 +186,26 @@ class ToyDomain:
                 f"`{folder}` holds a teacher whose env.game is {facts['env']['game']!r}, the config says {self.task!r}."
             )
 
-    def network(self, teacher: Path, cascade: bool, ensemble: str) -> StagedNetwork:
-        network = toy_network(self.config.network.taps, self.config.head, cascade, ensemble)
+    def network(self, teacher: Path, method: Method) -> StagedNetwork:
+        network = toy_network(self.config.network.taps, self.config.head, method.cascade, method.ensemble)
         network.load_state_dict(checkpoint.load(teacher, "teacher")[0], strict=False)
         return network.eval()
+
+    def refine(self, network: StagedNetwork, teacher: Path, folder: Path, seed: int, watch: Watch) -> dict[str, float]:
+        """Pretends: one step per asked for, each of which moves the first head's bias by 0.1."""
+        bias, step = network.head(0).linear.bias, 0  # type: ignore[union-attr]
+        if checkpoint.exists(folder, "state"):
+            tensors, facts = checkpoint.load_state(folder, "state")
+            step = facts["step"]
+            bias.data.copy_(tensors["bias"])
+        while step < self.config.refine.steps:
+            step += 1
+            bias.data.add_(0.1)
+            checkpoint.save(folder, "state", {"bias": bias.data}, {"step": step})
+            watch.progress(step, self.config.refine.steps, {})
+            if watch.stop():
+                raise Stopped
+        return {"cost": 0.5}
 
     def static_networks(self, teacher: Path) -> dict[str, StagedNetwork]:
         widths = self.config.distill.static_widths
@@ -186,8 +214,8 @@ class ToyDomain:
     def example(self) -> Tensor:
         return torch.zeros(1, OBSERVED)
 
-    def blank(self, cascade: bool) -> StagedNetwork:
-        return toy_network(self.config.network.taps, self.config.head, cascade)
+    def blank(self, method: Method) -> StagedNetwork:
+        return toy_network(self.config.network.taps, self.config.head, method.cascade)
 
     def adopt(self, path: Path, folder: Path) -> None:
         self.train(folder, 7 + len(path.name) + ord(path.name[0]), Watch())

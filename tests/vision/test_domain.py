@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from rlexit import checkpoint, verbs
 from rlexit.cli import main
+from rlexit.config import Method
 from rlexit.domain import Domain, Filming, Watch
 from rlexit.exit_policy import ExitPolicy
 from rlexit.interrupts import StopFlag
@@ -151,7 +152,7 @@ def test_samples_go_on_where_they_stopped():
 
 def test_held_out_rows_are_of_the_calibration_split():
     made = VisionDomain(SMALL)
-    rows = made.rows(made.blank(False), ExitPolicy.full(4), 10, Watch())
+    rows = made.rows(made.blank(Method()), ExitPolicy.full(4), 10, Watch())
     own = {pixels.numpy().tobytes() for pixels in made.data.evaluated("calibration").pixels}
     assert rows.shape == (10, 3, 8, 8)
     assert {row.numpy().tobytes() for row in rows} <= own
@@ -166,7 +167,7 @@ def test_given_weights_are_the_teacher(tmp_path):
     config = replace(SMALL, teacher=str(tmp_path / "given.safetensors"))
     made = session(tmp_path / "run", config)
     verbs.train(made)
-    network = made.domain.network(made.teacher, False, "none")
+    network = made.domain.network(made.teacher, Method())
     images = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
     torch.testing.assert_close(network(images).answers[:, -1], given.eval()(images).answers[:, -1])
     assert checkpoint.load_facts(made.teacher, "teacher")["source"] == "given.safetensors"
