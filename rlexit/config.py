@@ -276,6 +276,8 @@ class EvaluateConfig:
         execution: `real` (later units are not run) or `replay` (all exits at once).
         n_envs: games played side by side; for classifiers rows per batch.
         latency_rows: single decisions timed per operating point; 0 for none.
+        latency_batches: rows of the larger batches that are timed too, on all threads.
+        budgets: shares of the full network's MACs at which exits are compared on a labelled set.
     """
 
     episodes: int = 30
@@ -285,6 +287,8 @@ class EvaluateConfig:
     execution: str = "real"
     n_envs: int = 32
     latency_rows: int = 300
+    latency_batches: tuple[int, ...] = ()
+    budgets: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
 
     def __post_init__(self) -> None:
         require(self.episodes >= 1, "evaluate.episodes", "be at least 1", self.episodes)
@@ -295,6 +299,10 @@ class EvaluateConfig:
         require(self.execution in ("real", "replay"), "evaluate.execution", "be real or replay", self.execution)
         require(1 <= self.n_envs <= 1024, "evaluate.n_envs", "be in 1..1024", self.n_envs)
         require(self.latency_rows >= 0, "evaluate.latency_rows", "be at least 0", self.latency_rows)
+        for batch in self.latency_batches:
+            require(2 <= batch <= 4096, "evaluate.latency_batches", "be in 2..4096", batch)
+        for budget in self.budgets:
+            require(0 < budget < math.inf, "evaluate.budgets", "be positive", budget)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -189,4 +189,36 @@ class Publisher(Protocol):
 
     def predictor(self, network: StagedNetwork, policy: ExitPolicy) -> Callable[[np.ndarray], object]:
         """From an observation to an action, by the other library's own way; for comparing speed."""
+        ...
+
+
+@runtime_checkable
+class Dissecting(Protocol):
+    """A domain whose test rows are a fixed, labelled set, so that every exit can be asked about all of them."""
+
+    def plain_networks(self, teacher: Path) -> dict[str, StagedNetwork]:
+        """Networks without early exits that need no training: the teacher as `full`, and given smaller ones by name."""
+        ...
+
+    def dissect(
+        self,
+        networks: Mapping[str, StagedNetwork],
+        method: str,
+        run_seed: int,
+        full_macs: int,
+        folder: Path,
+        watch: Watch,
+    ) -> None:
+        """Writes the files of `rlexit.dissection` about a method's networks into `folder`.
+
+        Args:
+            networks: one named "" with exits, or some without by name; in evaluation mode.
+            method: as tables call it.
+            run_seed: of its training.
+            full_macs: of the full, head-free network that everything is relative to.
+            folder: of the evaluation.
+            watch: stop and progress.
+        Raises:
+            Stopped: `watch` says so; a later call starts over.
+        """
         ...

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,6 +23,9 @@ from rlexit.machine import describe
 from rlexit.network import StagedNetwork
 from rlexit.rows import LatencyRow, Row, append_rows, read_rows, write_rows
 from rlexit.runtime import run
+
+# Calls per batch size: a call is long, and its median settles early.
+BATCH_CALLS = 7
 
 
 @dataclass(frozen=True)
@@ -155,46 +159,62 @@ def _save_steps(path: Path, played: Played) -> None:
     write_atomic(path, packed.getvalue())
 
 
-def time_calls(call: Callable[[Tensor], object], inputs: Tensor, warm_up: int = 20) -> tuple[float, float]:
-    """Times single decisions; returns p50 and p95 in microseconds.
+def time_calls(call: Callable[[Tensor], object], inputs: Sequence[Tensor], warm_up: int = 20) -> tuple[float, float]:
+    """Times calls; returns p50 and p95 in microseconds.
 
     Args:
-        call: takes (1, ...) inputs.
-        inputs: (N, ...); each row is timed once, after `warm_up` rows that are not.
-        warm_up: rows run before.
+        call: takes one of the inputs.
+        inputs: each is timed once, after the first `warm_up` of them were run untimed.
+        warm_up: calls before.
     """
-    for index in range(min(warm_up, len(inputs))):
-        call(inputs[index : index + 1])
+    for rows in inputs[:warm_up]:
+        call(rows)
     seconds: list[float] = []
-    for index in range(len(inputs)):
-        row = inputs[index : index + 1]
+    for rows in inputs:
         began = time.perf_counter()
-        call(row)
+        call(rows)
         seconds.append(time.perf_counter() - began)
     p50, p95 = np.percentile(seconds, [50, 95]) * 1e6
     return float(p50), float(p95)
 
 
-def latencies(domain: Domain, subject: Subject, inputs: Tensor) -> Iterator[LatencyRow]:
-    """Measures single decisions of every operating point on one thread.
+def latencies(
+    domain: Domain, subject: Subject, inputs: Tensor, count: int, batches: Sequence[int] = ()
+) -> Iterator[LatencyRow]:
+    """Measures single decisions of every operating point on one thread, and larger batches on all of them.
+
+    Batches are timed for exit policies that were calibrated and where nobody leaves early, not for whole grids.
 
     Args:
         domain: names the task.
         subject: with a network.
-        inputs: (N, ...), from calibration seeds; each is timed once per operating point.
+        inputs: (N, ...), from calibration seeds.
+        count: of single decisions that are timed per operating point, spread over the inputs.
+        batches: rows per call; one that is larger than N is left out.
     """
     network = subject.network
     if network is None:
         return
     threads = torch.get_num_threads()
+    single = inputs[torch.linspace(0, len(inputs) - 1, min(count, len(inputs))).long()][:, None].unbind()
     for policy in subject.policies:
+        name = method_name(subject.method, policy.rule)
         torch.set_num_threads(1)
         try:
-            p50, p95 = time_calls(partial(run, network, policy), inputs)
+            p50, p95 = time_calls(partial(run, network, policy), single)
         finally:
             torch.set_num_threads(threads)
-        name = method_name(subject.method, policy.rule)
         yield LatencyRow(domain.task, name, subject.run_seed, policy.label, 1, p50, p95, 1, "torch eager", describe())
+        if not (policy.provenance or all(limit == math.inf for limit in policy.thresholds)):
+            continue
+        for batch in batches:
+            if batch > len(inputs):
+                continue
+            step = len(inputs) // batch
+            calls = [inputs[call % step :: step][:batch] for call in range(BATCH_CALLS)]
+            p50, p95 = time_calls(partial(run, network, policy), calls, warm_up=2)
+            place = (domain.task, name, subject.run_seed, policy.label, batch)
+            yield LatencyRow(*place, p50, p95, threads, "torch eager", describe())
 
 
 def exit_costs(network: StagedNetwork, costs: CostTable) -> list[tuple[str, int, float]]:

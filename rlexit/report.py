@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from rlexit import metrics, plots, summary, tables
+from rlexit import metrics, plots, sections, summary, tables
 from rlexit.checkpoint import write_atomic
 from rlexit.evidence import gather, read_if_there
 from rlexit.pages import Block, Bullets, Code, Heading, Paragraph, Picture, Table, to_html, to_markdown
@@ -58,6 +58,8 @@ def write_report(runs: Sequence[Path], out: Path, allow_mixed: bool = False) -> 
     command = ["rlexit", "report", *map(str, runs), "--out", str(out), *(["--allow-mixed"] if allow_mixed else [])]
     blocks += [Heading("How this was made"), Code(shlex.join(command))]
     write_atomic(out / "report.csv", tables.to_csv(summary_rows(tested, latency)).encode())
+    for name, content in sections.csv_files(folders).items():
+        write_atomic(out / name, content.encode())
     write_atomic(out / "report.md", to_markdown(blocks, out).encode())
     write_atomic(out / "report.html", to_html(blocks, "rlexit report").encode())
     return out / "report.html"
@@ -78,6 +80,7 @@ def _blocks(
     blocks += _games_blocks(shown, album)
     for title, part in _parts(shown).items():
         blocks += _part_blocks(title, part, album)
+    blocks += sections.blocks(rows)
     blocks += _episode_blocks(rows, album)
     blocks += _reliability_blocks(rows, album)
     blocks += _curve_blocks(scalars, album)
@@ -290,8 +293,10 @@ def _latency_blocks(latency: Sequence[LatencyRow]) -> list[Block]:
         + [tables.number(getattr(row, name), 0 if name in numbers[:3] else 2) for name in numbers]
         for row in dict.fromkeys(latency)
     ]
+    several = tables.latency_table(latency)
     return [
         Heading("Measured latency"),
+        *([several] if several else []),
         Table((*names, *numbers), lines, names=len(names), folded=f"All {len(lines)} measurements"),
     ]
 

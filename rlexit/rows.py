@@ -1,5 +1,7 @@
 """The row schema: one CSV row per episode or evaluated set, per measured latency, and per bin of confidence.
 
+What is told of a labelled set beyond that has rows of its own in `dissection`.
+
 Rows are all that a report needs, and the one thing that every evaluation writes. A file is appended to row by row, so a
 kill can cut its last line; a line without a line end is such a cut, is skipped by readers and removed by writers.
 """
@@ -24,12 +26,24 @@ CHOICES = {
     "split": ("calibration", "certification", "test"),
     "metric": ("score", "accuracy"),
 }
-_NAMES = ("task", "method", "label", "runtime", "machine")
+_NAMES = ("task", "method", "label", "runtime", "machine", "group", "file")
 _NOT_NAN = ("value", "latency_us_p50", "latency_us_p95")
 
 
 @dataclass(frozen=True)
-class Row:
+class Record:
+    """One line of a file; its fields are the columns, and are str, int, float or a tuple of floats.
+
+    Raises:
+        ValueError: a field breaks its rule; the message names it.
+    """
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+
+
+@dataclass(frozen=True)
+class Row(Record):
     """One episode of an actor, or one evaluated set of a classifier, at one operating point.
 
     Args:
@@ -77,7 +91,7 @@ class Row:
     protocol: str
 
     def __post_init__(self) -> None:
-        _check_fields(self)
+        super().__post_init__()
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
@@ -95,7 +109,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class LatencyRow:
+class LatencyRow(Record):
     """Measured time of one decision (one call on `batch` rows) at one operating point, in microseconds.
 
     Args:
@@ -125,14 +139,14 @@ class LatencyRow:
     machine: str
 
     def __post_init__(self) -> None:
-        _check_fields(self)
+        super().__post_init__()
         for name in ("batch", "threads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}.")
 
 
 @dataclass(frozen=True)
-class ReliabilityRow:
+class ReliabilityRow(Record):
     """Held-out rows whose answer at one exit had a confidence in (low, high]: how sure, and how often like the teacher.
 
     Args:
@@ -154,7 +168,7 @@ class ReliabilityRow:
     agreement: float
 
     def __post_init__(self) -> None:
-        _check_fields(self)
+        super().__post_init__()
         if self.count < 1:
             raise ValueError(f"`count` must be at least 1, got {self.count}.")
         for name in ("low", "high", "confidence", "agreement"):
@@ -162,8 +176,7 @@ class ReliabilityRow:
                 raise ValueError(f"`{name}` must lie in [0, 1], got {getattr(self, name)}.")
 
 
-AnyRow = Row | LatencyRow | ReliabilityRow
-R = TypeVar("R", Row, LatencyRow, ReliabilityRow)
+R = TypeVar("R", bound=Record)
 
 
 def write_rows(path: Path, rows: Sequence[R]) -> None:
@@ -203,17 +216,17 @@ def read_rows(path: Path) -> list[Row]:
         ValueError: a column name or a value is wrong; the message names file, line and column.
         OSError: the file cannot be read.
     """
-    return _read(path, Row)
+    return read(path, Row)
 
 
 def read_latency(path: Path) -> list[LatencyRow]:
     """Reads a `latency.csv`; see `read_rows`."""
-    return _read(path, LatencyRow)
+    return read(path, LatencyRow)
 
 
 def read_reliability(path: Path) -> list[ReliabilityRow]:
     """Reads a `reliability.csv`; see `read_rows`."""
-    return _read(path, ReliabilityRow)
+    return read(path, ReliabilityRow)
 
 
 def _whole_lines(file: BinaryIO) -> int:
@@ -236,7 +249,7 @@ def _kind(rows: Sequence[R]) -> type[R]:
     return kinds.pop()
 
 
-def _columns(kind: type[AnyRow]) -> list[str]:
+def _columns(kind: type[Record]) -> list[str]:
     return [field.name for field in fields(kind)]
 
 
@@ -246,7 +259,7 @@ def _line(cells: Iterable[str]) -> str:
     return text.getvalue()
 
 
-def _row_line(row: AnyRow) -> str:
+def _row_line(row: Record) -> str:
     return _line(_write_cell(getattr(row, name)) for name in _columns(type(row)))
 
 
@@ -256,7 +269,8 @@ def _write_cell(value: object) -> str:
     return repr(float(value)) if isinstance(value, float) else str(value)  # NumPy's own repr is not a number
 
 
-def _read(path: Path, kind: type[R]) -> list[R]:
+def read(path: Path, kind: type[R]) -> list[R]:
+    """Reads a file of records of one kind; see `read_rows`."""
     data = path.read_bytes()
     try:
         text = data[: data.rfind(b"\n") + 1].decode()
@@ -308,7 +322,7 @@ def _read_tuple(text: str) -> tuple[float, ...]:
 _READERS: dict[str, Callable[[str], Any]] = {"str": str, "int": int, "float": float, "tuple[float, ...]": _read_tuple}
 
 
-def _check_fields(row: AnyRow) -> None:
+def _check_fields(row: Record) -> None:
     for field in fields(row):
         value = getattr(row, field.name)
         if isinstance(value, str):

@@ -17,7 +17,7 @@ from rlexit import calibrate as calibration
 from rlexit.config import METHODS
 from rlexit.costs import cost_table, parameters
 from rlexit.distill import Distiller, ExitStudent, StaticStudent
-from rlexit.domain import Filming, Refining, Watch
+from rlexit.domain import Dissecting, Filming, Refining, Watch
 from rlexit.ensembles import ensembles
 from rlexit.evaluate import Subject, evaluate, exit_costs, latencies, method_name
 from rlexit.exit_policy import ExitPolicy
@@ -229,6 +229,9 @@ def evaluate_teacher(session: Session) -> None:
         with session.watch(player.method, "episodes") as watch:
             evaluate(session.domain, player, episodes, "test", folder / "episodes.csv", None, watch)
     _measure_latency(session, subject, folder)
+    if isinstance(session.domain, Dissecting):
+        with session.watch("look at teacher", "rows") as watch:
+            session.domain.dissect(session.domain.plain_networks(session.teacher), "teacher", 0, full, folder, watch)
     _show(session, folder, 0)
     stage.finish({"episodes": episodes})
 
@@ -258,6 +261,9 @@ def evaluate_method(session: Session, method: str) -> None:
         with session.watch(f"evaluate {method}", "episodes") as watch:
             evaluate(session.domain, subject, settings.episodes, "test", path, folder / "eval", watch)
         _measure_latency(session, subject, folder / "eval")
+    if isinstance(session.domain, Dissecting):
+        with session.watch(f"look at {method}", "rows") as watch:
+            session.domain.dissect(networks, method, session.seed, full, folder / "eval", watch)
     _show(session, folder / "eval", session.domain.config.distill.steps)
     stage.finish({"episodes": settings.episodes})
 
@@ -306,14 +312,12 @@ def _measure_latency(session: Session, subject: Subject, folder: Path) -> None:
     if not count or subject.network is None:
         return
     network, path = subject.network, folder / "latency.csv"
-    known = {(row.method, row.label) for row in read_latency(path)} if path.exists() else set()
-    if all((method_name(subject.method, policy.rule), policy.label) in known for policy in subject.policies):
+    known = {(row.method, row.label, row.batch) for row in read_latency(path)} if path.exists() else set()
+    if {(method_name(subject.method, policy.rule), policy.label, 1) for policy in subject.policies} <= known:
         return
     inputs = session.domain.rows(network, ExitPolicy.full(network.exits), CALIBRATION_ROWS, Watch(session.stop))
-    spread = inputs[torch.linspace(0, len(inputs) - 1, min(count, len(inputs))).long()]
-    append_rows(
-        path, [row for row in latencies(session.domain, subject, spread) if (row.method, row.label) not in known]
-    )
+    timed = latencies(session.domain, subject, inputs, count, session.domain.config.evaluate.latency_batches)
+    append_rows(path, [row for row in timed if (row.method, row.label, row.batch) not in known])
 
 
 def video(session: Session, method: str, episode: int, label: str | None, steps: int) -> Path:

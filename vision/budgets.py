@@ -1,7 +1,7 @@
-"""Accuracy at a time budget as Zero Time Waste's tables have it: thresholds tried on the test images themselves.
+"""Accuracy at a time budget as published: Zero Time Waste's tables, and MSDNet's budgeted batches.
 
-It is optimistic by construction, since the test images choose; `rlexit calibrate` is the honest way. It is here so that
-published tables can be compared with.
+The tables' rule tries its thresholds on the test images themselves, so it is optimistic by construction;
+`rlexit calibrate` is the honest way. It is here so that published tables can be compared with.
 """
 
 from __future__ import annotations
@@ -59,12 +59,17 @@ def confidence_exits(confidences: Tensor, threshold: float) -> Tensor:
 
 def patience_exits(chosen: Tensor, patience: int) -> Tensor:
     """(N,) the first exit that is the `patience`-th in a row to choose (N, K) the same; else the last."""
+    leaves = streaks(chosen) >= patience
+    leaves[:, -1] = True
+    return leaves.to(torch.int64).argmax(dim=1)
+
+
+def streaks(chosen: Tensor) -> Tensor:
+    """(N, K) how many exits in a row, each the newest, chose (N, K) the same; 1 at the first."""
     streak = torch.ones_like(chosen)
     for exit in range(1, chosen.shape[1]):
         streak[:, exit] = torch.where(chosen[:, exit] == chosen[:, exit - 1], streak[:, exit - 1] + 1, 1)
-    leaves = streak >= patience
-    leaves[:, -1] = True
-    return leaves.to(torch.int64).argmax(dim=1)
+    return streak
 
 
 def sweep_confidence(confidences: Tensor, right: Tensor, costs: Sequence[float], count: int = THRESHOLDS) -> Sweep:
@@ -92,3 +97,47 @@ def sweep_patience(chosen: Tensor, right: Tensor, costs: Sequence[float]) -> Swe
     Source: Zhou et al. 2020, arXiv 2006.04152, counted as in Zero Time Waste's notebook.
     """
     return _swept([patience_exits(chosen, wait) for wait in range(1, chosen.shape[1] + 1)], right, costs)
+
+
+def batch_shares(costs: Sequence[float], budget: float) -> Tensor:
+    """(K,) shares of a batch per exit, falling or rising geometrically, whose mean cost is the budget.
+
+    Args:
+        costs: (K,) of leaving at every exit, rising.
+        budget: mean cost; outside of the costs' range everybody leaves at the first or at the last exit.
+    Source: Huang et al. 2018, arXiv 1703.09844, section 5; the released code tries 40 ratios, here one is solved for.
+    """
+    each = torch.tensor(costs, dtype=torch.float64)
+    steps = torch.arange(len(each), dtype=torch.float64)
+    low, high = -50.0, 50.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        shares = (middle * steps).softmax(dim=0)
+        low, high = (middle, high) if float(shares @ each) <= budget else (low, middle)
+    return (low * steps).softmax(dim=0)
+
+
+def batch_thresholds(confidences: Tensor, shares: Tensor) -> list[float]:
+    """A threshold per early exit by which held-out rows leave in these shares, the surest first at every exit.
+
+    Args:
+        confidences: (N, K) of held-out rows.
+        shares: (K,) summing to 1.
+    Source: Huang et al. 2018, arXiv 1703.09844, section 5 and its released `adaptive_inference.py`.
+    """
+    rows = len(confidences)
+    remaining = torch.ones(rows, dtype=torch.bool)
+    found: list[float] = []
+    due = 0.0
+    for exit in range(confidences.shape[1] - 1):
+        due += float(shares[exit]) * rows
+        # What rounding took from one exit is made up for at the next.
+        count = min(round(due) - (rows - int(remaining.sum())), int(remaining.sum()))
+        if count <= 0:
+            found.append(math.inf)
+            continue
+        sure = confidences[:, exit].where(remaining, -torch.inf).sort(descending=True).values
+        limit = float(sure[count]) if count < int(remaining.sum()) else -math.inf
+        found.append(limit)
+        remaining &= ~(confidences[:, exit] > limit)
+    return found

@@ -183,7 +183,7 @@ def _distill() -> DistillConfig:
 
 def _evaluate() -> EvaluateConfig:
     """The test set in ten folds, so that intervals are over images."""
-    return EvaluateConfig(episodes=10, n_envs=256)
+    return EvaluateConfig(episodes=10, n_envs=256, latency_batches=(256,))
 
 
 @dataclass(frozen=True, kw_only=True)

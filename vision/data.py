@@ -152,6 +152,16 @@ class DataSet:
             return self._test
         return self._test.take(self._held_out[self.config.half])
 
+    @property
+    def tested(self) -> Images:
+        """All test images, whatever `holdout` says."""
+        return self._test
+
+    @property
+    def crossed(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Indices of the two halves of the test images, each the other's held-out images; None if others are held out."""
+        return None if self.config.holdout else self._held_out
+
     def _tail(self, labels: np.ndarray) -> np.ndarray:
         """Indices that leave n_max * long_tail ** (-c / (C - 1)) images of class c, one at least.
 

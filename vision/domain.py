@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,11 +23,13 @@ from vision import train
 from vision.batches import Stream
 from vision.config import BackboneConfig, NetworkConfig, VisionConfig
 from vision.data import DataSet, Images
+from vision.dissect import Subject, dissect
 from vision.importers import read_weights
 from vision.network import Classifier, classifier, load_weights, weights
 
 # Settings of the data set that a teacher is bound to; where it lies is not among them, what is in it is.
 BOUND = ("kind", "side", "holdout", "half", "long_tail", "relabel")
+FULL = "full"
 
 
 class VisionDomain:
@@ -122,6 +124,25 @@ class VisionDomain:
         own = self.config.backbone
         widths = self.config.distill.static_widths
         return {f"width {width:g}": self._classifier(replace(own, width=width * own.width)) for width in widths}
+
+    def plain_networks(self, teacher: Path) -> dict[str, StagedNetwork]:
+        """The teacher without early exits."""
+        network = self._classifier()
+        load_weights(network, checkpoint.load(teacher, train.TEACHER)[0], f"`{teacher}`")
+        return {FULL: network.eval()}
+
+    def dissect(
+        self,
+        networks: Mapping[str, StagedNetwork],
+        method: str,
+        run_seed: int,
+        full_macs: int,
+        folder: Path,
+        watch: Watch,
+    ) -> None:
+        """Every exit on all test images, compute budgets, classes, easy and hard images; see `vision.dissect`."""
+        subject = Subject(self.task, method, run_seed, full_macs)
+        dissect(subject, networks, self.data, self.config.evaluate, folder, watch)
 
     def example(self) -> Tensor:
         """(1, 3, H, W) uint8."""

@@ -8,7 +8,16 @@ import pytest
 import torch
 
 from rlexit.metrics import hindsight_improvability
-from vision.budgets import Sweep, confidence_exits, patience_exits, sweep_confidence, sweep_patience
+from vision.budgets import (
+    Sweep,
+    batch_shares,
+    batch_thresholds,
+    confidence_exits,
+    patience_exits,
+    streaks,
+    sweep_confidence,
+    sweep_patience,
+)
 
 # methods/ztw.md 1.10: argmax per exit (rows are samples), labels, confidences of one_hot * (1, 2, 3, 4), costs.
 CHOSEN = torch.tensor([[0, 0, 0, 0], [1, 2, 2, 2], [2, 1, 2, 1], [0, 2, 1, 0], [1, 1, 2, 2]])
@@ -64,3 +73,33 @@ def test_all_wait_where_no_two_exits_agree():
     assert patience_exits(torch.tensor([[0, 1, 0]]), 2).tolist() == [2]
     assert patience_exits(torch.tensor([[0, 1, 1]]), 2).tolist() == [2]
     assert patience_exits(torch.tensor([[0, 1, 0]]), 1).tolist() == [0]
+
+
+def test_the_streak_counts_exits_that_agree():
+    assert streaks(CHOSEN).tolist() == [[1, 2, 3, 4], [1, 1, 2, 3], [1, 1, 1, 1], [1, 1, 1, 1], [1, 2, 1, 2]]
+
+
+@pytest.mark.parametrize("budget", [10.0, 12.0, 30.0, 49.0, 50.0, 500.0])
+def test_shares_of_a_batch_are_geometric_and_cost_the_budget(budget):
+    shares = batch_shares(COSTS, budget)
+    assert float(shares.sum()) == pytest.approx(1)
+    assert float(shares @ torch.tensor(COSTS, dtype=torch.float64)) == pytest.approx(min(budget, 50.0), rel=1e-3)
+    if 11 < budget < 49:
+        ratios = shares[1:] / shares[:-1]
+        assert ratios.tolist() == pytest.approx([float(ratios[0])] * 3)
+
+
+def test_thresholds_of_a_batch_let_the_surest_leave_in_these_shares():
+    generator = torch.Generator().manual_seed(0)
+    confidences = torch.rand(1000, 4, generator=generator)
+    shares = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+    limits = batch_thresholds(confidences, shares)
+    leaves = confidences[:, :3] > torch.tensor(limits)
+    left = torch.cat([leaves, torch.ones(1000, 1, dtype=torch.bool)], dim=1).to(torch.int64).argmax(dim=1)
+    assert torch.bincount(left, minlength=4).tolist() == [400, 300, 200, 100]
+
+
+def test_an_exit_without_a_share_is_closed_and_all_may_leave_at_the_first():
+    confidences = torch.rand(10, 3, generator=torch.Generator().manual_seed(0))
+    assert batch_thresholds(confidences, torch.tensor([0.0, 0.5, 0.5]))[0] == math.inf
+    assert batch_thresholds(confidences, torch.tensor([1.0, 0.0, 0.0])) == [-math.inf, math.inf]

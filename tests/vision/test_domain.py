@@ -18,9 +18,10 @@ from rlexit.config import Method
 from rlexit.domain import Domain, Filming, Watch
 from rlexit.exit_policy import ExitPolicy
 from rlexit.interrupts import StopFlag
-from rlexit.rows import read_rows
+from rlexit.rows import read_latency, read_rows
 from rlexit.runlog import read_scalars
 from rlexit.session import Session, load_network
+from rlexit.tables import latency_table
 from tests.vision.small_images import SMALL, changed, hub_folder, pairs
 from vision.config import VisionConfig
 from vision.domain import VisionDomain, domain
@@ -209,7 +210,11 @@ def test_one_command_goes_from_nothing_to_a_report(tmp_path, monkeypatch, capsys
     assert "toy-resnet_cifar8" in told
     assert "pbee" in told
     page = (tmp_path / "runs" / "toy" / "report" / "report.html").read_text(encoding="utf-8")
-    assert "Accuracy" in page
+    assert "Accuracy at a compute budget: toy-resnet_cifar8" in page
+    assert "Accuracy of every exit" in page
+    assert "The easiest and the hardest images of every class" in page
+    assert "max" in (tmp_path / "runs" / "toy" / "report" / "report.md").read_text(encoding="utf-8")
+    assert (tmp_path / "runs" / "toy" / "report" / "budgets.csv").is_file()
     assert not list((tmp_path / "runs" / "toy").rglob("video"))
     assert main(["run", "toy", "--threads", "1", *WORDS]) == 0  # all done already
     assert main(["video", "toy", "--threads", "1", *WORDS]) == 2
@@ -235,3 +240,24 @@ def test_bad_data_is_answered_in_one_line_and_nothing_is_written(tmp_path, monke
     assert line.count("\n") == 1
     assert "row 2 of the train split" in line
     assert not list((tmp_path / "runs").rglob("*.safetensors"))
+
+
+def test_calibrated_points_are_timed_in_batches_too(tmp_path):
+    config = replace(SMALL, methods=("sdn",), evaluate=replace(SMALL.evaluate, latency_batches=(8, 4096)))
+    made = session(tmp_path, config)
+    verbs.train(made)
+    verbs.evaluate_teacher(made)
+    verbs.distill(made, "sdn")
+    verbs.calibrate(made, "sdn")
+    verbs.evaluate_method(made, "sdn")
+    rows = read_latency(made.method("sdn") / "eval" / "latency.csv")
+    assert {row.batch for row in rows} == {1, 8}  # there are no 4096 held-out images
+    assert {row.label for row in rows if row.batch == 8} == {"target_macs=1.2", "full"} & {row.label for row in rows}
+    whole = read_latency(made.teacher / "eval" / "latency.csv")
+    table = latency_table([*rows, *whole])
+    assert table is not None
+    assert table.header[2].startswith("us per row, batch 1,")
+    assert table.header[4].startswith("us per row, batch 8,")
+    [teacher] = [line for line in table.rows if line[0] == "teacher"]
+    assert teacher[3] == teacher[5] == "1.000"
+    assert latency_table(whole[:1]) is None

@@ -1,0 +1,169 @@
+"""Exits on a whole test set: what is written about them, by real execution, from thresholds that are not the test's."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from rlexit import dissection
+from rlexit.config import EvaluateConfig
+from rlexit.costs import cost_table
+from rlexit.dissection import BudgetRow, ExitRow, GroupRow, PictureRow
+from rlexit.domain import Watch
+from rlexit.ensembles import ensembles
+from rlexit.interrupts import Stopped
+from rlexit.network import StagedNetwork
+from tests.vision.small_images import SMALL, changed
+from vision.data import DataSet, Images
+from vision.dissect import SHOWN, Subject, dissect, sheet
+from vision.domain import VisionDomain
+from vision.network import classifier
+
+CONFIG = EvaluateConfig(n_envs=50, budgets=(0.05, 0.7, 1.2))
+
+
+@pytest.fixture(scope="module")
+def network() -> StagedNetwork:
+    """Untrained exits whose answers differ from image to image."""
+    torch.manual_seed(0)
+    made = classifier(SMALL.backbone, 4, 8, network=SMALL.network, head=SMALL.head, ensemble=ensembles["none"])
+    with torch.no_grad():
+        for name, parameter in made.heads.named_parameters():
+            parameter.mul_(5.0 if name.endswith("weight") else 1.0)
+    return made.eval()
+
+
+def dissected(folder, network, holdout: float, method: str = "sdn"):
+    data = DataSet(replace(SMALL.data, holdout=holdout))
+    full = cost_table(network, data.tested.pixels[:1]).full
+    dissect(Subject("toy", method, 3, full), {"": network}, data, CONFIG, folder, Watch())
+    return data, {kind: dissection.load(folder, kind) for kind in dissection.FILES}
+
+
+def test_every_exit_is_asked_about_every_test_image(tmp_path, network):
+    data, found = dissected(tmp_path, network, 0.4)
+    rows = found[ExitRow]
+    assert [row.exit for row in rows] == [0, 1, 2, 3]
+    assert {row.count for row in rows} == {192}
+    with torch.no_grad():
+        chosen = network(data.tested.pixels).answers.argmax(dim=-1)
+    assert [row.value for row in rows] == pytest.approx(
+        (chosen == data.tested.labels[:, None]).double().mean(dim=0).tolist()
+    )
+    assert rows[0].improvability == 0
+    assert rows[-1].relative_macs > 1
+
+
+@pytest.mark.parametrize("holdout", [0.4, 0.0])
+def test_all_test_images_count_and_the_row_says_where_thresholds_are_from(tmp_path, network, holdout):
+    _, found = dissected(tmp_path, network, holdout)
+    rows = [row for row in found[BudgetRow] if row.choice in ("honest", "batch")]
+    assert {row.count for row in rows} == {192}
+    assert {row.execution for row in rows} == {"real"}
+    told = "0.4 of the training images" if holdout else "the other half of the test images, both halves merged"
+    assert {row.source for row in rows} == {told}
+
+
+def test_each_half_s_thresholds_are_for_the_other_half(network):
+    from vision.dissect import _Looker, _pairs, see
+
+    data = DataSet(replace(SMALL.data, holdout=0.0))
+    seen = see(network, data.tested, 50, Watch())
+    full = cost_table(network, data.tested.pixels[:1]).full
+    pairs = _pairs(network, seen, data, CONFIG, Watch())
+    limits = _Looker(Subject("toy", "sdn", 0, full), network, seen, pairs, data, CONFIG, Watch())._thresholds(
+        "confidence", 1.2
+    )
+    first, second = data.crossed
+    assert len(set(limits[first].flatten().tolist())) == len(set(limits[second].flatten().tolist())) == 1
+    # The first half's own scores decide what the second half gets: blind them, and only the second half's move.
+    blind = seen.answers.clone()
+    blind[torch.from_numpy(first)] = math.log(0.25)
+    other = _pairs(network, replace(seen, answers=blind), data, CONFIG, Watch())
+    moved = _Looker(Subject("toy", "sdn", 0, full), network, seen, other, data, CONFIG, Watch())._thresholds(
+        "confidence", 1.2
+    )
+    assert torch.equal(moved[first], limits[first])
+    assert not torch.equal(moved[second], limits[second])
+
+
+def test_budgets_are_kept_and_one_below_the_first_exit_has_no_row(tmp_path, network):
+    _, found = dissected(tmp_path, network, 0.4)
+    assert {row.budget for row in found[BudgetRow] if row.choice == "reference" and row.method == "sdn"} == {
+        0.7,
+        1.2,
+        math.inf,
+    }
+    for row in found[BudgetRow]:
+        if row.choice == "reference" and row.budget < math.inf:
+            assert row.relative_macs < row.budget
+        if row.choice in ("honest", "batch"):
+            assert row.budget > 0.05
+            # Patience has a few lengths only, so it may stay far below.
+            assert row.relative_macs <= row.budget + 0.3
+            assert row.method == "pbee" or row.relative_macs >= row.budget - 0.3
+
+
+def test_patience_on_sdn_s_exits_is_pbee_and_on_others_it_is_left_out(tmp_path, network):
+    _, found = dissected(tmp_path / "sdn", network, 0.4)
+    assert {row.method for row in found[BudgetRow]} == {"sdn", "pbee"}
+    _, found = dissected(tmp_path / "ztw", network, 0.4, "ztw")
+    assert {row.method for row in found[BudgetRow]} == {"ztw"}
+
+
+def test_the_mean_over_budgets_lies_between_the_worst_and_the_best(tmp_path, network):
+    _, found = dissected(tmp_path, network, 0.4)
+    [area] = [row.value for row in found[BudgetRow] if row.choice == "area" and row.method == "sdn"]
+    assert 0 < area < 1
+
+
+def test_classes_are_told_with_where_they_leave(tmp_path, network):
+    data, found = dissected(tmp_path, network, 0.4)
+    rows = found[GroupRow]
+    assert [row.group for row in rows] == list(data.classes)
+    assert sum(row.count for row in rows) == 192
+    for row in rows:
+        assert sum(row.exit_fractions) == pytest.approx(1)
+    [honest] = [row for row in found[BudgetRow] if (row.choice, row.method, row.budget) == ("honest", "sdn", 0.7)]
+    assert sum(row.value * row.count for row in rows) / 192 == pytest.approx(honest.value)
+    assert sum(row.relative_macs * row.count for row in rows) / 192 == pytest.approx(honest.relative_macs)
+
+
+def test_easy_and_hard_images_are_a_picture(tmp_path, network):
+    from PIL import Image
+
+    _, found = dissected(tmp_path, network, 0.4)
+    [row] = found[PictureRow]
+    with Image.open(tmp_path / row.file) as picture:
+        assert picture.size[0] > picture.size[1] > 4 * 60
+
+
+def test_a_sheet_has_the_first_half_on_the_left_and_the_second_on_the_right():
+    pixels = torch.zeros((2 * SHOWN, 3, 8, 8), dtype=torch.uint8)
+    pixels[0], pixels[-1] = 50, 100
+    picture = np.asarray(sheet([Images(pixels, torch.zeros(2 * SHOWN))]))
+    assert picture[0, 0].tolist() == [50, 50, 50]
+    assert picture[0, -3].tolist() == [100, 100, 100]
+
+
+def test_networks_without_exits_have_one_row_each(tmp_path):
+    made = VisionDomain(SMALL)
+    networks = {"width 0.5": made._classifier().eval(), "width 1": made._classifier().eval()}
+    full = cost_table(networks["width 1"], made.example()).full
+    made.dissect(networks, "static", 0, full, tmp_path, Watch())
+    rows = dissection.load(tmp_path, BudgetRow)
+    assert [(row.label, row.choice, row.relative_macs) for row in rows] == [
+        ("width 0.5", "fixed", 1.0),
+        ("width 1", "fixed", 1.0),
+    ]
+
+
+def test_a_stop_writes_nothing(tmp_path, network):
+    data = DataSet(changed(SMALL, "data").data)
+    with pytest.raises(Stopped):
+        dissect(Subject("toy", "sdn", 0, 1), {"": network}, data, CONFIG, tmp_path, Watch(stop=lambda: True))
+    assert not list(tmp_path.iterdir())

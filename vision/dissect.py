@@ -1,0 +1,346 @@
+"""A classifier's exits on the whole test set: every exit alone, compute budgets, classes, easy and hard images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from rlexit import dissection
+from rlexit.calibrate import Scores, TargetError, solve_macs
+from rlexit.config import EvaluateConfig
+from rlexit.costs import CostTable, cost_table
+from rlexit.dissection import BudgetRow, ExitRow, GroupRow, PictureRow
+from rlexit.domain import Watch
+from rlexit.evaluate import method_name
+from rlexit.exit_policy import ExitPolicy
+from rlexit.interrupts import Stopped
+from rlexit.metrics import area_under_curve, hindsight_improvability
+from rlexit.network import StagedNetwork
+from rlexit.runtime import run
+from vision import budgets
+from vision.data import DataSet, Images
+
+METRIC = "accuracy"
+LEVELS = 41
+LABEL = "exits"
+SHOWN = 8
+CLASSES_SHOWN = 10
+SCALE_TO = 64
+MIDDLE = 0.5
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Whose rows are written.
+
+    Args:
+        task: as tables call it.
+        method: see `rlexit.rows.Row`.
+        run_seed: of its training.
+        full_macs: that everything is relative to.
+    """
+
+    task: str
+    method: str
+    run_seed: int
+    full_macs: int
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What every exit tells about some images.
+
+    Args:
+        answers: (N, K, A) log-probabilities.
+        labels: (N,).
+    """
+
+    answers: Tensor
+    labels: Tensor
+
+    @property
+    def chosen(self) -> Tensor:
+        """(N, K) likeliest class."""
+        return self.answers.argmax(dim=-1)
+
+    @property
+    def right(self) -> Tensor:
+        """(N, K) whether it is right."""
+        return self.chosen == self.labels[:, None]
+
+    def scores(self, rule: str) -> Tensor:
+        """(N, K) what a rule says at every exit: confidence, or for patience the length of the streak."""
+        return budgets.streaks(self.chosen).float() if rule == "patience" else self.answers.amax(dim=-1).exp()
+
+    def take(self, index: np.ndarray) -> Seen:
+        """The images of these indices."""
+        where = torch.from_numpy(index)
+        return Seen(self.answers[where], self.labels[where])
+
+
+@torch.no_grad()
+def see(network: StagedNetwork, images: Images, batch: int, watch: Watch) -> Seen:
+    """All exits of all images; raises Stopped if `watch` says so."""
+    parts: list[Tensor] = []
+    for pixels in images.pixels.split(batch):
+        if watch.stop():
+            raise Stopped
+        parts.append(network(pixels).answers)
+        watch.progress(sum(map(len, parts)), len(images), {})
+    return Seen(torch.cat(parts), images.labels)
+
+
+def dissect(
+    subject: Subject,
+    networks: Mapping[str, StagedNetwork],
+    data: DataSet,
+    config: EvaluateConfig,
+    folder: Path,
+    watch: Watch,
+) -> None:
+    """Writes the files of `rlexit.dissection` into `folder`.
+
+    Args:
+        subject: whose.
+        networks: one named "" with exits, or some without by name.
+        data: whose test images are looked at, all of them.
+        config: budgets, rules, execution, images per batch.
+        folder: of the evaluation.
+        watch: stop and progress.
+    Raises:
+        Stopped: `watch` says so; nothing of this network is written.
+    """
+    exits: list[ExitRow] = []
+    found: list[BudgetRow] = []
+    for name, network in networks.items():
+        seen = see(network, data.tested, config.n_envs, watch)
+        costs = cost_table(network, data.tested.pixels[:1])
+        exits += _exit_rows(subject, name or LABEL, network, seen, costs)
+        if network.exits == 1:
+            spent = costs.exits[-1] / subject.full_macs
+            value = float(seen.right[:, 0].double().mean())
+            found.append(_budget(subject, len(seen.labels), "fixed", "", "real", spent, value, spent, name or LABEL))
+            continue
+        looker = _Looker(subject, network, seen, _pairs(network, seen, data, config, watch), data, config, watch)
+        for rule in ("confidence", "patience"):
+            method = method_name(subject.method, rule)
+            if rule == "confidence" or (method != subject.method and rule in config.rules):
+                found += looker.rows(rule, method)
+        looker.show(folder)
+    dissection.write(folder, exits)
+    dissection.write(folder, found)
+
+
+def _exit_rows(subject: Subject, label: str, network: StagedNetwork, seen: Seen, costs: CostTable) -> Iterator[ExitRow]:
+    values = seen.right.double().mean(dim=0).tolist()
+    improvable = hindsight_improvability(seen.chosen.numpy(), seen.labels.numpy()).tolist()
+    for exit, (name, value, hindsight) in enumerate(zip(network.exit_names, values, improvable, strict=True)):
+        macs = costs.exits[exit]
+        place = (subject.task, subject.method, subject.run_seed, label, exit, name)
+        yield ExitRow(*place, value, hindsight, float(macs), macs / subject.full_macs, len(seen.labels), METRIC)
+
+
+def _budget(
+    subject: Subject,
+    count: int,
+    choice: str,
+    source: str,
+    execution: str,
+    budget: float,
+    value: float,
+    spent: float,
+    label: str = LABEL,
+) -> BudgetRow:
+    place = (subject.task, subject.method, subject.run_seed, label, choice, source, execution)
+    return BudgetRow(*place, budget, value, spent, count, METRIC)
+
+
+def _pairs(
+    network: StagedNetwork, seen: Seen, data: DataSet, config: EvaluateConfig, watch: Watch
+) -> list[tuple[Seen, np.ndarray]]:
+    """Images that choose thresholds, and indices of the test images that these are for; every test image is in one."""
+    if data.crossed is not None:
+        first, second = data.crossed
+        return [(seen.take(first), second), (seen.take(second), first)]
+    parts = [data.evaluated(split) for split in ("calibration", "certification")]
+    held_out = Images(torch.cat([part.pixels for part in parts]), torch.cat([part.labels for part in parts]))
+    return [(see(network, held_out, config.n_envs, watch), np.arange(len(seen.labels)))]
+
+
+class _Looker:
+    """One network with exits, everything of it computed."""
+
+    def __init__(
+        self,
+        subject: Subject,
+        network: StagedNetwork,
+        seen: Seen,
+        pairs: Sequence[tuple[Seen, np.ndarray]],
+        data: DataSet,
+        config: EvaluateConfig,
+        watch: Watch,
+    ) -> None:
+        self.subject, self.network, self.seen, self.pairs = subject, network, seen, pairs
+        self.data, self.config, self.watch = data, config, watch
+        self.costs = cost_table(network, data.tested.pixels[:1])
+        self.count = len(seen.labels)
+        held_out = f"{data.config.holdout:g} of the training images"
+        crossed = "the other half of the test images, both halves merged"
+        self.source = held_out if data.crossed is None else crossed
+        self.kept: dict[float, tuple[Tensor, Tensor]] = {}
+
+    def rows(self, rule: str, method: str) -> list[BudgetRow]:
+        """The time-budget table of one rule."""
+        subject = replace(self.subject, method=method)
+        found = [*self._reference(subject, rule), *self._honest(subject, rule)]
+        return found if rule == "patience" else [*found, *self._batch(subject)]
+
+    def _reference(self, subject: Subject, rule: str) -> Iterator[BudgetRow]:
+        """Thresholds tried on the test images, as published: a replay, because it is a search."""
+        seen, costs = self.seen, [float(macs) for macs in self.costs.exits]
+        if rule == "patience":
+            sweep = budgets.sweep_patience(seen.chosen, seen.right, costs)
+        else:
+            sweep = budgets.sweep_confidence(seen.scores(rule), seen.right, costs)
+        told = ("reference", "all test images", "replay")
+        for share in self.config.budgets:
+            if not math.isnan(value := sweep.at(share * subject.full_macs)):
+                spent = float(sweep.cost[sweep.cost < share * subject.full_macs][-1]) / subject.full_macs
+                yield _budget(subject, self.count, *told, share, value, spent)
+        best = int(sweep.accuracy.argmax())
+        spent = float(sweep.cost[best]) / subject.full_macs
+        yield _budget(subject, self.count, *told, math.inf, float(sweep.accuracy[best]), spent)
+
+    def _honest(self, subject: Subject, rule: str) -> Iterator[BudgetRow]:
+        """One threshold from held-out images, and the mean over many budgets up to the full network's."""
+        for share in self.config.budgets:
+            thresholds = self._thresholds(rule, share)
+            if thresholds is not None:
+                yield self._measured(subject, "honest", rule, share, thresholds)
+        first = self.costs.exits[0] / subject.full_macs
+        if first < 1:
+            curve = [self._replayed(rule, float(level)) for level in np.linspace(first, 1, LEVELS)]
+            spent, value = zip(*curve, strict=True)
+            width = max(spent) - min(spent)
+            mean = area_under_curve(spent, value) / width if width else value[0]
+            yield _budget(subject, self.count, "area", self.source, "replay", 1.0, mean, float(np.mean(spent)))
+
+    def _thresholds(self, rule: str, share: float) -> Tensor | None:
+        """(N, K - 1) the threshold of every test image, chosen for a share of the MACs; None if none is cheap enough."""
+        found = torch.empty((self.count, self.network.exits - 1))
+        for held_out, index in self.pairs:
+            try:
+                # As everywhere, a little room for the rounding of means.
+                limit = solve_macs(Scores(held_out.scores(rule)[:, :-1], self.costs, rule), share + 1e-9)
+            except TargetError:
+                return None
+            found[torch.from_numpy(index)] = limit
+        return found
+
+    def _replayed(self, rule: str, share: float) -> tuple[float, float]:
+        """Spent share of the MACs, and accuracy, with thresholds from held-out images; every exit is known already."""
+        thresholds = self._thresholds(rule, share)
+        if thresholds is None:
+            return math.nan, math.nan
+        leaves = self.seen.scores(rule) > torch.cat([thresholds, torch.full((self.count, 1), -math.inf)], dim=1)
+        left = leaves.to(torch.int64).argmax(dim=1)
+        macs = torch.tensor(self.costs.exits, dtype=torch.float64)[left]
+        right = self.seen.right[torch.arange(self.count), left].double()
+        return float(macs.mean()) / self.subject.full_macs, float(right.mean())
+
+    def _batch(self, subject: Subject) -> Iterator[BudgetRow]:
+        """A threshold per exit, so that a batch of test images meets its budget whatever the single image costs."""
+        for share in self.config.budgets:
+            if share * subject.full_macs < self.costs.exits[0]:
+                continue
+            shares = budgets.batch_shares([float(macs) for macs in self.costs.exits], share * subject.full_macs)
+            thresholds = torch.empty((self.count, self.network.exits - 1))
+            for held_out, index in self.pairs:
+                limits = budgets.batch_thresholds(held_out.scores("confidence"), shares)
+                thresholds[torch.from_numpy(index)] = torch.tensor(limits)
+            yield self._measured(subject, "batch", "confidence", share, thresholds)
+
+    def _measured(self, subject: Subject, choice: str, rule: str, share: float, thresholds: Tensor) -> BudgetRow:
+        """Runs all test images, each with its own thresholds."""
+        exits: list[Tensor] = []
+        macs: list[Tensor] = []
+        right = 0
+        policy = ExitPolicy.full(self.network.exits)
+        policy = replace(policy, rule=rule, label="")
+        chunks = (part.split(self.config.n_envs) for part in (self.data.tested.pixels, self.seen.labels, thresholds))
+        for pixels, labels, limits in zip(*chunks, strict=True):
+            if self.watch.stop():
+                raise Stopped
+            result = run(self.network, policy, pixels, thresholds=limits)
+            right += int((result.answers.argmax(dim=1) == labels).sum())
+            exits.append(result.exits)
+            macs.append(result.macs)
+        spent = torch.cat(macs).double()
+        if choice == "honest" and rule == "confidence":
+            self.kept[share] = torch.cat(exits), spent
+        relative = float(spent.mean()) / subject.full_macs
+        return _budget(subject, self.count, choice, self.source, "real", share, right / self.count, relative)
+
+    def show(self, folder: Path) -> None:
+        """Classes and pictures at the budget nearest to half of the MACs; nothing where no budget could be met."""
+        if not self.kept:
+            return
+        share = min(self.kept, key=lambda known: abs(known - MIDDLE))
+        exits, macs = self.kept[share]
+        rows = torch.arange(self.count)
+        right = self.seen.right[rows, exits]
+        place = (self.subject.task, self.subject.method, self.subject.run_seed)
+        label = f"{share:g} of the MACs"
+        groups: list[GroupRow] = []
+        for index, name in enumerate(self.data.classes):
+            mine = self.seen.labels == index
+            if not bool(mine.any()):
+                continue
+            shares = torch.bincount(exits[mine], minlength=self.network.exits).double() / int(mine.sum())
+            value = float(right[mine].double().mean())
+            spent = float(macs[mine].mean()) / self.subject.full_macs
+            groups.append(GroupRow(*place, label, name, value, spent, tuple(shares.tolist()), int(mine.sum()), METRIC))
+        dissection.write(folder, groups)
+        sure = self.seen.answers[rows, exits].amax(dim=-1)
+        # Earliest first, the surest of an exit first.
+        order = np.lexsort((-sure.numpy(), exits.numpy()))
+        names = self.data.classes[:CLASSES_SHOWN]
+        sheet([self.data.tested.take(_own(order, self.seen.labels, index)) for index in range(len(names))]).save(
+            folder / "images.png"
+        )
+        caption = (
+            f"{self.subject.method} at {label}, thresholds from {self.source}: a row per class ({', '.join(names)}); on "
+            f"the left its {SHOWN} easiest images, which left first, on the right its {SHOWN} hardest, which left last."
+        )
+        row = PictureRow(*place, "images.png", "The easiest and the hardest images of every class", caption)
+        dissection.write(folder, [row])
+
+
+def _own(order: np.ndarray, labels: Tensor, index: int) -> np.ndarray:
+    """The first and the last images of a class, in an order of all."""
+    mine = order[labels.numpy()[order] == index]
+    count = min(SHOWN, len(mine) // 2)
+    return np.concatenate([mine[:count], mine[len(mine) - count :]])
+
+
+def sheet(rows: Sequence[Images]) -> Image.Image:
+    """Rows of images, each one's first half on the left and its second half on the right of a gap."""
+    side = rows[0].pixels.shape[-1]
+    scale = max(SCALE_TO // side, 1)
+    cell, gap = scale * side + 2, scale * side // 2
+    picture = Image.new("RGB", (2 * SHOWN * cell + gap, len(rows) * cell), "white")
+    for line, images in enumerate(rows):
+        half = len(images) // 2
+        for place, pixels in enumerate(images.pixels):
+            column, right = (place, 0) if place < half else (2 * SHOWN - len(images) + place, gap)
+            tile = Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
+            tile = tile.resize((scale * side, scale * side), Image.Resampling.NEAREST)
+            picture.paste(tile, (column * cell + right, line * cell))
+    return picture
