@@ -1,0 +1,43 @@
+"""Collapse: gates that are all shut, or all open, decide nothing any more and seldom come back by themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+SHUT, OPEN = 0.005, 0.995
+ADVICE = ("Lower the price, or raise the target.", "Raise the price, or start gates less open.")
+
+
+class CollapseWatch:
+    """Counts updates in a row in which every gate was shut for all rows, or open for all.
+
+    Args:
+        after: so many of them are a collapse.
+        advice: what to do about all shut, and about all open.
+    """
+
+    def __init__(self, after: int, advice: tuple[str, str] = ADVICE) -> None:
+        self.after = after
+        self.advice = advice
+        self.shut = self.open = 0
+
+    @property
+    def healthy(self) -> bool:
+        """Whether some gate still decides, as far as the newest update shows."""
+        return not (self.shut or self.open)
+
+    def observe(self, shares: Mapping[str, float]) -> str | None:
+        """Takes in one update.
+
+        Args:
+            shares: gate to share of rows for which it was open, in [0, 1].
+        Returns:
+            A warning with the way out in the update that makes it a collapse, else None.
+        """
+        values = shares.values()
+        self.shut = self.shut + 1 if values and max(values) <= SHUT else 0
+        self.open = self.open + 1 if values and min(values) >= OPEN else 0
+        for count, word, advice in zip((self.shut, self.open), ("shut", "open"), self.advice, strict=True):
+            if count == self.after:
+                return f"all {len(shares)} gates were {word} for {count} updates: they have collapsed. {advice}"
+        return None

@@ -1,0 +1,79 @@
+"""Settings of learning where gates stand: labels, a price on compute, and what may change. Imports no torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from rlexit.config import require
+
+COSTS = ("linear", "sign_target", "deadband", "dual")
+
+
+@dataclass(frozen=True)
+class GatingConfig:
+    """How gates learn together with the network that they stand in.
+
+    Args:
+        steps: samples seen, each in one update; the warm-up is not counted.
+        warm_up: samples on which the gates alone first learn to be open, everything else frozen; 0 leaves it out, for gates
+            that start open by their bias.
+        cost: how compute enters the loss: `linear` (price times compute), or towards `target_macs`: `dual` (the price
+            rises above the target and falls below), `sign_target` (its sign flips there), `deadband` (0 around it).
+        price: lambda, nats per full network; where a target is given, its first value.
+        target_macs: mean compute, gates included, relative to the full network.
+        dual_rate: step of the price per update and per relative MACs above the target.
+        price_max: the dual price stays in 0..price_max.
+        anneal: share of the steps in which the target falls from 1 to its value.
+        learning_rate: of SGD with momentum, for the trunk and its own head.
+        fresh_learning_rate: of Adam, for gates and added heads.
+        momentum: of SGD.
+        weight_decay: L2 of the trunk.
+        warmup: share of the steps in which the rates rise from nothing; they fall by a cosine.
+        exits_from: share of the steps after which added exits learn too (joint loss); before, gates and trunk alone.
+        distillation: weight of T^2 KL(full original || answer) beside the cross-entropy.
+        temperature: T.
+        batch_norm: `frozen` (the trunk keeps its statistics) or `train`.
+        recalibrate: samples on which the trunk's statistics are taken anew at the end, with the gates' greedy decisions.
+        precision: `bf16` or `fp32`, of convolutions and dense layers.
+        collapse_after: updates in a row with all gates shut, or all open, before it is told as a collapse.
+        checkpoint_buffers: collected buffers between checkpoints.
+    """
+
+    steps: int = 100_000
+    warm_up: int = 0
+    cost: str = "dual"
+    price: float = 0.0
+    target_macs: float = 0.5
+    dual_rate: float = 0.02
+    price_max: float = 20.0
+    anneal: float = 0.4
+    learning_rate: float = 0.01
+    fresh_learning_rate: float = 0.001
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    warmup: float = 0.05
+    exits_from: float = 0.5
+    distillation: float = 0.0
+    temperature: float = 4.0
+    batch_norm: str = "frozen"
+    recalibrate: int = 0
+    precision: str = "bf16"
+    collapse_after: int = 100
+    checkpoint_buffers: int = 25
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "collapse_after", "checkpoint_buffers"):
+            require(getattr(self, name) >= 1, f"gating.{name}", "be at least 1", getattr(self, name))
+        require(self.cost in COSTS, "gating.cost", f"be one of {', '.join(COSTS)}", self.cost)
+        advice = "A negative price pays for compute."
+        require(0 <= self.price < math.inf, "gating.price", "be at least 0", self.price, advice)
+        for name in ("warm_up", "dual_rate", "price_max", "weight_decay", "distillation", "recalibrate"):
+            require(0 <= getattr(self, name) < math.inf, f"gating.{name}", "be at least 0", getattr(self, name))
+        for name in ("target_macs", "learning_rate", "fresh_learning_rate", "temperature"):
+            require(0 < getattr(self, name) < math.inf, f"gating.{name}", "be positive", getattr(self, name))
+        for name in ("anneal", "momentum", "warmup"):
+            require(0 <= getattr(self, name) < 1, f"gating.{name}", "be in [0, 1)", getattr(self, name))
+        require(0 <= self.exits_from <= 1, "gating.exits_from", "be in [0, 1]", self.exits_from)
+        require(self.batch_norm in ("frozen", "train"), "gating.batch_norm", "be frozen or train", self.batch_norm)
+        require(self.precision in ("bf16", "fp32"), "gating.precision", "be bf16 or fp32", self.precision)
