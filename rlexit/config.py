@@ -8,6 +8,9 @@ from pathlib import Path
 
 ALGOS = ("ppo", "skipnet", "blockdrop")
 DECISIONS = ("exits", "units", "reuse")
+# How a hard decision lets a gradient through (`rlexit.gates.estimators`).
+ESTIMATORS = ("gumbel_sigmoid", "reinforce", "soft", "ste_bernoulli", "ste_det")
+
 # The modules of `rlexit.rules`, found without importing torch: a new rule is one new file.
 RULES = tuple(sorted(path.stem for path in (Path(__file__).parent / "rules").glob("[a-z]*.py")))
 
@@ -75,6 +78,45 @@ class HeadConfig:
         require(1 <= self.pool <= 64, "head.pool", "be in 1..64", self.pool)
         require(self.padding in (0, 1), "head.padding", "be 0 or 1", self.padding)
         require(0 < self.channels <= 4, "head.channels", "be in (0, 4]", self.channels)
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """How the gates before a network's units are built.
+
+    Args:
+        kind: registered gates: `lstm`, `ff1`, `ff2` skip units; `conv_channel`, `dense_channel`, `pooled_channel` skip
+            channels; `mgl2s` both; `policy_net` sees the input once; `random` and `static` are controls.
+        estimator: how a hard decision lets a gradient through in training.
+        bias: of the logits at first; 3 runs a unit with p = 0.95.
+        detach: let no gradient flow from a gate into the features that it sees.
+        bound: draws with bound * p + (1 - bound) * (1 - p); 1 explores no further.
+        layer: `mgl2s`: registered gates that skip units.
+        channel: `mgl2s`: registered gates that skip channels.
+        rates: `random`: share of rows that run each gated unit, or one share for all.
+        channel_rate: `random`: share of channels kept, where units take channel decisions.
+        seed: `random`: of the hash that turns an input into draws.
+    """
+
+    kind: str = "lstm"
+    estimator: str = "ste_det"
+    bias: float = 3.0
+    detach: bool = True
+    bound: float = 1.0
+    layer: str = "lstm"
+    channel: str = "conv_channel"
+    rates: tuple[float, ...] = (0.5,)
+    channel_rate: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        known = ", ".join(ESTIMATORS)
+        require(self.estimator in ESTIMATORS, "gates.estimator", f"be one of {known}", self.estimator)
+        require(math.isfinite(self.bias), "gates.bias", "be finite", self.bias)
+        require(0.5 < self.bound <= 1, "gates.bound", "be in (0.5, 1]", self.bound)
+        require(bool(self.rates), "gates.rates", "have at least one", self.rates)
+        for rate in (*self.rates, self.channel_rate):
+            require(0 <= rate <= 1, "gates.rates", "be shares in [0, 1]", rate)
 
 
 @dataclass(frozen=True)

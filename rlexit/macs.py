@@ -19,10 +19,11 @@ def _signature(tree: Any) -> str:
     return ";".join(f"{tuple(leaf.shape[1:])}{leaf.dtype}" for leaf in leaves_of(tree))
 
 
-def _meta_row(leaf: Tensor) -> Tensor:
+def _meta_rows(leaf: Tensor) -> Tensor:
     # Under autocast features may be of another precision than the weights; for counting they need not be.
     dtype = torch.get_default_dtype() if leaf.is_floating_point() else leaf.dtype
-    return torch.empty((1, *leaf.shape[1:]), dtype=dtype, device="meta")
+    # Two rows, because batch norm in training refuses a single number per channel.
+    return torch.empty((2, *leaf.shape[1:]), dtype=dtype, device="meta")
 
 
 def _meta(weight: Tensor) -> Tensor:
@@ -48,8 +49,8 @@ def macs_per_row(module: nn.Module, *inputs: Any) -> int:
     if key not in known:
         named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
         weights = {name: _meta(value) for name, value in named.items()}
-        rows = tuple(map_tensors(_meta_row, value) for value in inputs)
+        rows = tuple(map_tensors(_meta_rows, value) for value in inputs)
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             functional_call(module, weights, rows)
-        known[key] = counter.get_total_flops() // 2
+        known[key] = counter.get_total_flops() // 4  # two rows, two FLOPs per multiply-add
     return known[key]

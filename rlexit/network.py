@@ -90,7 +90,8 @@ class StagedNetwork(nn.Module):
         Args:
             gates: unit names to gates.
         Raises:
-            ValueError: a name is no unit's, or a gate may skip a unit that declares no skip path.
+            ValueError: a name is no unit's, a gate may skip a unit that declares no skip path, or decides about other
+                channels than the unit has.
         """
         for name, gate in gates.items():
             self._check_name(name)
@@ -99,6 +100,11 @@ class StagedNetwork(nn.Module):
                 raise ValueError(
                     f"`gates[{name!r}]` must stand before a unit with a skip path, got {type(unit).__name__}. "
                     "Gate another unit, or declare a skip path."
+                )
+            if gate.width not in (0, unit.width):
+                raise ValueError(
+                    f"`gates[{name!r}]` must decide about {unit.width} channels, as its unit takes, got {gate.width}. "
+                    "Build it for `Unit.width`."
                 )
         self.gates = nn.ModuleDict({name: gates[name] for name in self.unit_names if name in gates})
 

@@ -16,10 +16,12 @@ from rlexit.state import blank, leaves_of, map_tensors, take
 class Unit(nn.Module):
     """One piece of the backbone. A subclass implements `body`, and `skip` if rows may pass it by.
 
-    `body` is pure, tensors in and out, so that it can be exported, vmapped and counted.
+    `body` is pure, tensors in and out, so that it can be exported, vmapped and counted. `width`: how many channels a
+    gate before it decides about; 0 if it takes whole rows only.
     """
 
     skippable = False
+    width = 0
 
     def body(self, features: Any, decision: Decision | None = None) -> Any:
         """The unit's work.

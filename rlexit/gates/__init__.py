@@ -1,7 +1,13 @@
-"""Gates decide inside the network: whether a row runs a unit, how wide, or where. Here: what every gate has in common."""
+"""Gates decide inside the network: whether a row runs a unit, how wide, or where. Here: what every gate has in common.
+
+A new kind of gate is a new file here that registers a builder; the conformance tests pick it up.
+"""
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,6 +15,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from rlexit.config import GateConfig
+from rlexit.registry import Registry
 from rlexit.state import ExitState
 
 Mode = Literal["greedy", "sample", "replay"]
@@ -39,11 +47,13 @@ class Gate(nn.Module):
 
     It is given the state with `features` reduced to what the unit lets a gate see (`Unit.glance`). `may_skip`: whether it
     may choose action 0, which needs a unit with a skip path. `decides`: False where it has no choice and only prepares
-    what later gates read, so that its log-probability means nothing.
+    what later gates read, so that its log-probability means nothing. `width`: how many channels it decides about, which
+    must be as many as the unit asks for.
     """
 
     may_skip = True
     decides = True
+    width = 0
 
     def decide(
         self, state: ExitState, mode: Mode, given: Decision | None = None, generator: torch.Generator | None = None
@@ -67,3 +77,42 @@ class Gate(nn.Module):
     def expected_macs(self, state: ExitState, decision: Decision) -> Float[Tensor, " batch"]:
         """(B,) `macs` with whatever gradient the relaxed decision gives."""
         return self.macs(state, decision).to(torch.float32)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place for a gate.
+
+    Args:
+        name: of the unit.
+        channels: of the map that the unit lets a gate see.
+        width: channel decisions that the unit takes (`Unit.width`).
+    """
+
+    name: str
+    channels: int
+    width: int = 0
+
+
+# Builders of the gates of a whole network, because some share weights over depth: from the gated places in the order of
+# execution, the config, and the first unit, which sees the network's inputs.
+Builder = Callable[[Sequence[Site], GateConfig, Site | None], dict[str, Gate]]
+gates: Registry[Builder] = Registry("gate")
+
+
+def build_gates(sites: Sequence[Site], config: GateConfig, entry: Site | None = None) -> dict[str, Gate]:
+    """The gates of a network, by unit name, for `StagedNetwork.set_gates`.
+
+    Args:
+        sites: gated places in the order of execution.
+        config: which gates, and their settings.
+        entry: the first unit, where gates that look at the input stand; `random` and `policy_net` need it.
+    Raises:
+        LookupError: no such kind of gate.
+        ValueError: the kind does not fit the sites.
+    """
+    return gates[config.kind](sites, config, entry)
+
+
+for _module in pkgutil.iter_modules(__path__):
+    importlib.import_module(f"{__name__}.{_module.name}")

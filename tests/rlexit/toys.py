@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rlexit.config import HeadConfig
+from rlexit.config import GateConfig, HeadConfig
 from rlexit.ensembles import AdditiveEnsemble, Ensemble, GeometricEnsemble
 from rlexit.exit_policy import ExitPolicy
-from rlexit.gates import Decision, Gate, Mode
+from rlexit.gates import Decision, Gate, Mode, Site, build_gates
 from rlexit.heads import Head, LinearHead, ModuleHead, PooledConvHead
 from rlexit.macs import macs_per_row
 from rlexit.network import StagedNetwork
+from rlexit.residual import ResidualUnit
 from rlexit.rules import rules
 from rlexit.state import ExitState
 from rlexit.units import ModuleUnit, Unit
@@ -66,6 +67,8 @@ def watched(network: nn.Module) -> Iterator[Work]:
                 work.macs += output.numel() * inputs[0].shape[1] * math.prod(module.kernel_size)
             elif isinstance(module, nn.Linear):
                 work.macs += output.numel() * module.in_features
+            elif isinstance(module, nn.LSTMCell):
+                work.macs += 4 * output[0].numel() * (module.input_size + module.hidden_size)
 
         return seen
 
@@ -507,3 +510,77 @@ def parting(network: StagedNetwork, inputs: Tensor, rule: str = "confidence") ->
         thresholds.append(float(column[cut - 1 : cut + 1].mean()))
         left |= scores[:, exit] > thresholds[-1]
     return ExitPolicy(rule, tuple(thresholds))
+
+
+# ---- residual units ----
+
+
+class Block(nn.Module):
+    """A basic block with batch norm that has seen some numbers, so that its statistics are not the first ones."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False))
+        for norm in (self.bn1, self.bn2):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.uniform_(norm.bias, -0.5, 0.5)
+            nn.init.uniform_(norm.running_mean, -0.5, 0.5)
+            nn.init.uniform_(norm.running_var, 0.5, 1.5)
+
+    def forward(self, features: Tensor) -> Tensor:
+        changed = functional.relu(self.bn1(self.conv1(features)), inplace=True)
+        return functional.relu(self.bn2(self.conv2(changed)) + self.shortcut(features), inplace=True)
+
+
+def residual(
+    channels: str = "none", gates: GateConfig | None = None, narrow: bool = True, side: int = SIDE
+) -> StagedNetwork:
+    """A stem, three blocks of which the second halves the map, and exits after the last three units."""
+    shapes = ((CHANNELS, CHANNELS, 1), (CHANNELS, 2 * CHANNELS, 2), (2 * CHANNELS, 2 * CHANNELS, 1))
+    units: OrderedDict[str, Unit] = OrderedDict(stem=ModuleUnit(nn.Sequential(conv(), nn.ReLU())))
+    sites = []
+    for number, (inputs, outputs, stride) in enumerate(shapes):
+        units[f"block{number}"] = ResidualUnit(Block(inputs, outputs, stride), channels, narrow=narrow)
+        sites.append(Site(f"block{number}", inputs, units[f"block{number}"].width))
+    half = (side + 1) // 2
+    coarse = (2 * CHANNELS, half, half)
+    heads: dict[str, Head] = {
+        "block0": linear_heads(("x",), (CHANNELS, side, side))["x"],
+        "block1": linear_heads(("x",), coarse)["x"],
+        "block2": linear_heads(("x",), coarse)["x"],
+    }
+    network = StagedNetwork(units, heads, OUTPUTS)
+    if gates is not None:
+        network.set_gates(build_gates(sites, gates, Site("stem", CHANNELS)))
+    return spread(network)
+
+
+def residual_channels() -> StagedNetwork:
+    # All channels are computed, because hooks see modules only; test_residual.py covers those computed alone.
+    network = residual("both", GateConfig("mgl2s", bias=0.0), narrow=False)
+    scatter(network)
+    return network
+
+
+def residual_layers() -> StagedNetwork:
+    network = residual("none", GateConfig("lstm", bias=0.0))
+    scatter(network)
+    return network
+
+
+def scatter(network: StagedNetwork) -> None:
+    """Spreads the gates' logits around 0, so that rows are decided differently."""
+    for gate in network.gates.modules():
+        if isinstance(gate, (nn.Linear, nn.LSTMCell)):
+            for name, value in gate.named_parameters():
+                nn.init.normal_(value, std=3.0 if "weight" in name else 0.3)
+
+
+TOYS["residual_layers"] = Toy(residual_layers, gated=True)
+TOYS["residual_channels"] = Toy(residual_channels, gated=True)
