@@ -37,11 +37,12 @@ from rlexit import checkpoint, machine
 from rlexit.calibrate import score_rows, shared_policy, solve_macs
 from rlexit.config import DistillConfig, HeadConfig
 from rlexit.costs import cost_table
-from rlexit.distill import Distiller, ExitStudent
+from rlexit.distill import Distiller
 from rlexit.ensembles import ensembles
 from rlexit.exit_policy import ExitPolicy
 from rlexit.network import StagedNetwork
 from rlexit.runtime import run
+from rlexit.students import ExitStudent
 
 GAME = EnvConfig(game="pong")
 ACTIONS = 6

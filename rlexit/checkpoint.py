@@ -166,11 +166,15 @@ def pack_optimizer(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, T
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, prefix: str, tensors: Mapping[str, Tensor]) -> None:
     """The inverse of `pack_optimizer`; the optimiser's settings stay."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith(f"{prefix}."):
             index, slot = key[len(prefix) + 1 :].split(".")
-            state.setdefault(int(index), {})[slot] = value
+            of = parameters[int(index)]
+            # Files have no memory layout, and a fused optimiser pairs moments with weights by their place in memory.
+            laid_out = torch.empty_like(of, dtype=value.dtype).copy_(value) if value.shape == of.shape else value
+            state.setdefault(int(index), {})[slot] = laid_out
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

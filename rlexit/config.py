@@ -48,6 +48,8 @@ METHODS = {
     "refined": Method(cascade=True, ensemble="geometric", refines="ztw"),
 }
 
+REGIMES = ("disjoint", "mixed", "joint")
+
 
 @dataclass(frozen=True)
 class HeadConfig:
@@ -140,6 +142,9 @@ class DistillConfig:
         label_weight: weight of the cross-entropy to the sample's label, or to the teacher's likeliest output where samples
             have none; the rest is KL(teacher || exit). Classifiers learn from labels alone: 1.
         weight_decay: L2 of whatever is trained but the ensembles.
+        regime: `disjoint`: heads learn on the frozen teacher; `mixed`: the teacher's weights and the heads go on learning
+            together; `joint`: the same from weights drawn afresh. Both of these learn from labels that the domain knows.
+        backbone_share: `mixed` and `joint` only: of the learning rate that the backbone gets.
         reference: repeat the official code's deviations that change numbers: every environment is driven by the first
             one's action, the KL is divided by the number of outputs, ensembles are trained by Adam while acting.
         checkpoint_buffers: collected buffers between checkpoints. Games start afresh there, so that a resumed run is equal
@@ -161,6 +166,8 @@ class DistillConfig:
     decay_at: tuple[float, float] = (0.1, 0.75)
     label_weight: float = 0.0
     weight_decay: float = 0.0
+    regime: str = "disjoint"
+    backbone_share: float = 0.1
     reference: bool = False
     checkpoint_buffers: int = 50
     precision: str = "bf16"
@@ -181,6 +188,8 @@ class DistillConfig:
         fits = self.frozen_precision == "fp32" or self.precision == "bf16"
         require(fits, "distill.frozen_precision", "be fp32 where distill.precision is", self.frozen_precision, advice)
         require(0 <= self.weight_decay < 1, "distill.weight_decay", "be in [0, 1)", self.weight_decay)
+        require(self.regime in REGIMES, "distill.regime", f"be one of {', '.join(REGIMES)}", self.regime)
+        require(0 < self.backbone_share <= 1, "distill.backbone_share", "be in (0, 1]", self.backbone_share)
         require(self.schedule in ("cosine", "steps"), "distill.schedule", "be cosine or steps", self.schedule)
         require(0 <= self.warmup < 1, "distill.warmup", "be in [0, 1)", self.warmup)
         first, second = self.decay_at

@@ -148,7 +148,7 @@ def _each_method(verb: str) -> Callable[[Any, argparse.Namespace], None]:
 
         if verb == "evaluate":
             verbs.evaluate_teacher(session)
-        for method in _distilled(session.methods) if verb == "distill" else session.methods:
+        for method in session.methods:
             found = getattr(verbs, {"evaluate": "evaluate_method"}.get(verb, verb))(session, method)
             for policy in found or ():
                 thresholds = ", ".join(f"{value:.4g}" for value in policy.thresholds)
@@ -160,6 +160,12 @@ def _each_method(verb: str) -> Callable[[Any, argparse.Namespace], None]:
 def _distilled(methods: Sequence[str]) -> tuple[str, ...]:
     """The methods that distillation makes: those that are refined start from another one."""
     return tuple(dict.fromkeys(METHODS[method].refines or method for method in methods))
+
+
+def _distill(session: Session, options: argparse.Namespace) -> None:
+    from rlexit import verbs
+
+    verbs.distill(session, *_distilled(session.methods))
 
 
 def _refine(session: Session, options: argparse.Namespace) -> None:
@@ -229,7 +235,7 @@ WORK: dict[str, Callable[[Any, argparse.Namespace], None]] = {
     "run": _run,
     "train": _train,
     "import": _import,
-    "distill": _each_method("distill"),
+    "distill": _distill,
     "refine": _refine,
     "calibrate": _each_method("calibrate"),
     "evaluate": _each_method("evaluate"),

@@ -162,9 +162,11 @@ FILES: dict[type[Record], str] = {
 
 
 def write(folder: Path, rows: Sequence[R]) -> None:
-    """Replaces the file of the rows' kind in `folder`; nothing is done where there are none."""
+    """Replaces what the file of the rows' kind in `folder` says of their methods; nothing is done where there are none."""
     if rows:
-        write_rows(folder / FILES[type(rows[0])], rows)
+        methods = {vars(row)["method"] for row in rows}
+        others = [row for row in load(folder, type(rows[0])) if vars(row)["method"] not in methods]
+        write_rows(folder / FILES[type(rows[0])], [*others, *rows])
 
 
 def load(folder: Path, kind: type[R]) -> list[R]:

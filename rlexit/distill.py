@@ -3,105 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlexit import checkpoint
 from rlexit.config import DistillConfig
 from rlexit.domain import Batches
-from rlexit.ensembles import Ensemble, fit_ensemble
+from rlexit.ensembles import fit_ensemble
 from rlexit.interrupts import Diverged, Stopped
-from rlexit.network import StagedNetwork
 from rlexit.objectives import agreement, cross_entropy, kl_divergence
 from rlexit.runlog import RunLog
+from rlexit.students import Student
 
 STATE = "state"
-
-
-class Student(nn.Module):
-    """What learns: reads features that are computed once per sample, answers at every exit.
-
-    `ensemble` combines the exits; the others are its own business.
-    """
-
-    ensemble: Ensemble
-
-    def observe(self, inputs: Any) -> tuple[list[Tensor], Float[Tensor, "batch outputs"]]:
-        """Without gradient: features of every early exit, and the teacher's log-probabilities."""
-        raise TypeError(f"`{type(self).__name__}` must implement `observe`.")
-
-    def logits(self, features: Sequence[Tensor]) -> Float[Tensor, "batch exits outputs"]:
-        """Raw logits of the early exits, with gradient."""
-        raise TypeError(f"`{type(self).__name__}` must implement `logits`.")
-
-    def learners(self) -> nn.Module:
-        """The module that is trained; everything else is frozen."""
-        raise TypeError(f"`{type(self).__name__}` must implement `learners`.")
-
-
-class ExitStudent(Student):
-    """Early heads on a frozen backbone, taught by its own last exit.
-
-    Args:
-        network: heads and ensemble are trained in place; one with an early exit at least.
-    Raises:
-        ValueError: the network has no early exit.
-    """
-
-    def __init__(self, network: StagedNetwork) -> None:
-        super().__init__()
-        if network.exits < 2:
-            raise ValueError("`network.taps` must name at least one unit to distill, got none. Add an early exit.")
-        self.network = network
-        self.ensemble = network.ensemble
-
-    @torch.no_grad()
-    def observe(self, inputs: Any) -> tuple[list[Tensor], Float[Tensor, "batch outputs"]]:
-        """What the early heads read, and the last exit's log-probabilities."""
-        *early, last = self.network.taps(inputs)
-        return self.network.gather(early), self.network.head(self.network.exits - 1)(last).log_softmax(dim=-1)
-
-    def logits(self, features: Sequence[Tensor]) -> Float[Tensor, "batch exits outputs"]:
-        """Raw logits of the early exits, cascade included."""
-        return self.network.read(features)
-
-    def learners(self) -> nn.Module:
-        """The early heads."""
-        return nn.ModuleList(self.network.head(exit) for exit in range(self.network.exits - 1))
-
-
-class StaticStudent(Student):
-    """Small networks without exits, taught by the same teacher on the same kind of data; the honest baseline.
-
-    Args:
-        networks: each with one exit, trained from scratch.
-        teacher: frozen.
-    """
-
-    def __init__(self, networks: Sequence[StagedNetwork], teacher: StagedNetwork, ensemble: Ensemble) -> None:
-        super().__init__()
-        self.networks = nn.ModuleList(networks)
-        self.teacher = teacher
-        self.ensemble = ensemble
-
-    @torch.no_grad()
-    def observe(self, inputs: Any) -> tuple[list[Tensor], Float[Tensor, "batch outputs"]]:
-        """The raw inputs themselves, and the teacher's log-probabilities."""
-        return [inputs], self.teacher(inputs).answers[:, -1]
-
-    def logits(self, features: Sequence[Tensor]) -> Float[Tensor, "batch exits outputs"]:
-        """Logits of every network."""
-        return torch.cat([network(features[0]).logits for network in self.networks], dim=1)
-
-    def learners(self) -> nn.Module:
-        """All networks whole."""
-        return self.networks
 
 
 @dataclass
@@ -177,16 +96,16 @@ class Distiller:
         self.buffers = 0
         self.samples = 0
         self.newest = torch.empty(0)
-        stages: dict[str, nn.Module] = {"heads": student.learners(), "ensemble": student.ensemble}
+        stages = {"heads": student.groups(), "ensemble": {1.0: list(student.ensemble.parameters())}}
         self.optimizers = {
             name: torch.optim.Adam(
-                module.parameters(),
+                [{"params": parameters, "share": share} for share, parameters in groups.items()],
                 lr=config.learning_rate,
                 weight_decay=config.weight_decay if name == "heads" else 0.0,
                 fused=True,
             )
-            for name, module in stages.items()
-            if list(module.parameters())
+            for name, groups in stages.items()
+            if any(groups.values())
         }
 
     @property
@@ -207,6 +126,14 @@ class Distiller:
             Stopped: `stop` answered true.
             Diverged: a loss is NaN or infinite; the last checkpoint is healthy.
         """
+        self.start()
+        facts: dict[str, float] = {}
+        for told in self.steps():
+            facts = told
+        return facts
+
+    def start(self) -> None:
+        """Makes ready to learn, and reads the last checkpoint if there is one."""
         for parameter in self.student.parameters():
             parameter.requires_grad_(False)
         for parameter in (*self.student.learners().parameters(), *self.student.ensemble.parameters()):
@@ -216,23 +143,26 @@ class Distiller:
         self.student.learners().train()
         if checkpoint.exists(self.folder, STATE):
             self._restore()
-        facts: dict[str, float] = {}
+
+    def steps(self) -> Iterator[dict[str, float]]:
+        """Trains buffer by buffer, so that several can be trained in turn; yields the curves' newest values."""
         with RunLog(self.folder, resume_step=self.samples) as log:
             while self.samples < self.total:
-                facts = self._segment(log)
+                yield from self._segment(log)
                 if self.samples < self.total:
                     # Points first: a kill in between leaves points too many, which a resume drops, and none too few.
                     log.flush()
                     self._save()
                     if self.stop():
                         raise Stopped
-        return facts
 
-    def _segment(self, log: RunLog) -> dict[str, float]:
+    def _segment(self, log: RunLog) -> Iterator[dict[str, float]]:
         """Collects and learns until the next checkpoint; the fit of the ensembles is one segment."""
         facts: dict[str, float] = {}
         cached: list[tuple[Tensor, ...]] = []
         fitting = self._in_ensemble_stage and not self.config.reference
+        if fitting:  # nothing else learns now
+            self.student.eval()
         for count in self.batches(self._act, self.buffers):
             in_heads = not self._in_ensemble_stage
             features, teacher, labels = self.buffer.joined()
@@ -247,8 +177,11 @@ class Distiller:
                     )
             else:
                 facts = self._update(features, teacher, labels, in_heads)
+            # Whoever waits for others holds nothing large.
+            del features, teacher, labels
             self._log(log, facts)
             self.progress(self.samples, self.total, facts)
+            yield facts
             if self.samples >= self.total:
                 break
             changes_stage = in_heads and self._in_ensemble_stage
@@ -261,7 +194,7 @@ class Distiller:
         if fitting:
             facts = self._fit(*(torch.cat(parts) for parts in zip(*cached, strict=True)))
             self._log(log, facts)
-        return facts
+            yield facts
 
     @property
     def _in_ensemble_stage(self) -> bool:
@@ -321,7 +254,8 @@ class Distiller:
         length = self.config.ensemble_steps if not in_heads else self.config.steps
         for group in optimizer.param_groups:
             # In the middle of the buffer: at its ends, the first and the last one would be learnt at a rate of nothing.
-            group["lr"] = learning_rate(self.config, min((self.samples - start - len(teacher) / 2) / length, 1.0))
+            rate = learning_rate(self.config, min((self.samples - start - len(teacher) / 2) / length, 1.0))
+            group["lr"] = group["share"] * rate
         seen: list[Tensor] = []
         for epoch in range(self.config.epochs):
             order = torch.randperm(len(teacher), generator=self.generator).to(teacher.device)

@@ -193,6 +193,15 @@ class Publisher(Protocol):
 
 
 @runtime_checkable
+class Labelled(Protocol):
+    """A domain that knows what is right of every sample, so that nobody acts while heads learn."""
+
+    def samples(self, seed: int, first: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Buffers of (inputs, labels), those that `batches(seed)` shows from buffer `first` on."""
+        ...
+
+
+@runtime_checkable
 class Dissecting(Protocol):
     """A domain whose test rows are a fixed, labelled set, so that every exit can be asked about all of them."""
 

@@ -77,7 +77,7 @@ class Session:
             )
         upstream = {"teacher": weights_hash(self.teacher, TEACHER)}
         if name == "evaluate" and not method:
-            return Stage(self.teacher, name, {**upstream, **self.settings("evaluate")}, config, ("eval",))
+            return Stage(self.teacher, name, {**upstream, **self.settings("evaluate", "rivals")}, config, ("eval",))
         settings = {"method": method, "seed": self.seed, **upstream}
         if name == "distill":
             sections = self.settings("network", "head", "collect", "distill")
@@ -157,7 +157,7 @@ def load_network(session: Session, method: str) -> dict[str, StagedNetwork]:
     networks = networks_of(session, method)
     for name, network in networks.items():
         mine = {key[len(name) + 1 :]: value for key, value in tensors.items() if key.startswith(f"{name}/")}
-        wanted = learnt(network, method)
+        wanted = learnt(session, network, method)
         if {key: value.shape for key, value in mine.items()} != {key: value.shape for key, value in wanted.items()}:
             raise checkpoint.CheckpointError(
                 f"`{folder}` holds exits of another network or method. Use the config that it was made with, or --force."
@@ -179,10 +179,10 @@ def plain_teacher(session: Session) -> StagedNetwork:
     return session.domain.network(session.teacher, Method())
 
 
-def learnt(network: StagedNetwork, method: str) -> dict[str, torch.Tensor]:
-    """What training changes and so saves: early heads and ensemble; static and refined networks whole."""
-    state = network.state_dict()
-    if METHODS[method].static or METHODS[method].refines:
+def learnt(session: Session, network: StagedNetwork, method: str) -> dict[str, torch.Tensor]:
+    """What training changes and so saves: early heads and ensemble; static, refined and jointly trained networks whole."""
+    state, kind = network.state_dict(), METHODS[method]
+    if kind.static or kind.refines or session.domain.config.distill.regime != "disjoint":
         return dict(state)
     frozen = ("units.", f"heads.{network.exit_names[-1]}.")
     return {key: value for key, value in state.items() if not key.startswith(frozen)}

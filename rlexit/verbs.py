@@ -16,11 +16,10 @@ from rlexit import boards, checkpoint, summary
 from rlexit import calibrate as calibration
 from rlexit.config import METHODS
 from rlexit.costs import cost_table, parameters
-from rlexit.distill import Distiller, ExitStudent, StaticStudent
 from rlexit.domain import Dissecting, Filming, Refining, Watch
-from rlexit.ensembles import ensembles
 from rlexit.evaluate import Subject, evaluate, exit_costs, latencies, method_name
 from rlexit.exit_policy import ExitPolicy
+from rlexit.lessons import distill as distill
 from rlexit.network import StagedNetwork
 from rlexit.rows import append_rows, read_latency, read_rows, write_rows
 from rlexit.runlog import Board
@@ -53,35 +52,6 @@ def train(session: Session) -> None:
     stage.finish({"teacher": weights_hash(session.teacher, TEACHER)})
 
 
-def distill(session: Session, method: str) -> None:
-    """Trains the exits of one method on the frozen teacher, or the small static networks."""
-    session.domain.accept(made(session.teacher, TEACHER, "train"))
-    stage = session.stage("distill", method)
-    folder = session.method(method)
-    torch.manual_seed(session.seed)
-    networks = networks_of(session, method)
-    if not session.begin(stage):
-        session.console.print(f"distill    done already  {folder}")
-        return
-    if METHODS[method].static:
-        teacher = plain_teacher(session)
-        none = ensembles["none"](len(networks), teacher.outputs)
-        student: Any = StaticStudent(list(networks.values()), teacher, none)
-    else:
-        student = ExitStudent(networks[""])
-    config = session.domain.config.distill
-    if METHODS[method].static:
-        config = replace(config, learning_rate=config.static_learning_rate)
-    with session.watch(f"distill {method}", "samples") as watch:
-        batches = session.domain.batches(session.seed)
-        facts = Distiller(student, batches, config, folder, session.seed, watch.stop, watch.progress).run()
-    tensors = {
-        f"{name}/{key}": value for name, network in networks.items() for key, value in learnt(network, method).items()
-    }
-    checkpoint.save(folder, POLICY, tensors, {"method": method, "seed": session.seed, "curves": facts})
-    stage.finish(facts)
-
-
 def refine(session: Session, method: str) -> None:
     """Refines the decisions of one method by reinforcement learning, from the distilled weights that it starts from.
 
@@ -106,7 +76,7 @@ def refine(session: Session, method: str) -> None:
         return
     with session.watch(f"refine {method}", "samples") as watch:
         facts = domain.refine(network, session.teacher, folder, session.seed, watch)
-    tensors = {f"/{key}": value for key, value in learnt(network, method).items()}
+    tensors = {f"/{key}": value for key, value in learnt(session, network, method).items()}
     checkpoint.save(folder, POLICY, tensors, {"method": method, "seed": session.seed, "curves": facts})
     stage.finish(facts)
 
@@ -230,8 +200,17 @@ def evaluate_teacher(session: Session) -> None:
             evaluate(session.domain, player, episodes, "test", folder / "episodes.csv", None, watch)
     _measure_latency(session, subject, folder)
     if isinstance(session.domain, Dissecting):
-        with session.watch("look at teacher", "rows") as watch:
-            session.domain.dissect(session.domain.plain_networks(session.teacher), "teacher", 0, full, folder, watch)
+        plain = session.domain.plain_networks(session.teacher)
+        teachers = {name: one for name, one in plain.items() if name == whole.label}
+        rivals = {name: one for name, one in plain.items() if name != whole.label}
+        for method, networks in (("teacher", teachers), ("static", rivals)):
+            with session.watch(f"look at {method}", "rows") as watch:
+                session.domain.dissect(networks, method, 0, full, folder, watch)
+        for name, one in rivals.items():
+            rival = Subject("static", 0, one, [replace(ExitPolicy.full(1), label=name)], full)
+            with session.watch(name, "episodes") as watch:
+                evaluate(session.domain, rival, episodes, "test", folder / "episodes.csv", None, watch)
+            _measure_latency(session, rival, folder)
     _show(session, folder, 0)
     stage.finish({"episodes": episodes})
 

@@ -192,7 +192,9 @@ class VisionConfig(CoreConfig):
 
     Args:
         data: the data set.
-        teacher: `train` one, or the file of given weights (safetensors, or a state dict that needs no unpickling).
+        teacher: `train` one, or given weights: a file (safetensors, or a state dict that needs no unpickling), or a name
+            of timm's such as `timm:resnet50.a1_in1k`.
+        rivals: given weights of the same family in other depths, DEPTH=FILE, which exits are compared with at their compute.
         backbone: the classifier.
         train: its training.
         network: where it may be left.
@@ -205,6 +207,7 @@ class VisionConfig(CoreConfig):
     evaluate: EvaluateConfig = field(default_factory=_evaluate)
     data: DataConfig = field(default_factory=DataConfig)
     teacher: str = "train"
+    rivals: tuple[str, ...] = ()
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
@@ -213,7 +216,10 @@ class VisionConfig(CoreConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.domain == "vision", "domain", "be vision", self.domain)
-        require(bool(self.teacher), "teacher", "be train or a file", self.teacher)
+        require(bool(self.teacher), "teacher", "be train, a file or a name of timm's", self.teacher)
+        for rival in self.rivals:
+            depth, _, path = rival.partition("=")
+            require(depth.isdecimal() and bool(path), "rivals", "be of DEPTH=FILE", rival, "Such as 20=resnet20.pt.")
 
 
 CONFIG = VisionConfig

@@ -112,6 +112,8 @@ class VisionDomain:
                 f"{len(ours['classes'])} of `data.path`. Use the data that it was trained on, or another --out."
             )
         load_weights(self._classifier(), tensors, f"`{folder}`")
+        # Hours later would be too late to learn that a file is missing.
+        self._rivals()
 
     def network(self, teacher: Path, method: Method) -> StagedNetwork:
         """The frozen classifier with fresh early heads; its own exit takes part in the ensemble."""
@@ -126,10 +128,19 @@ class VisionDomain:
         return {f"width {width:g}": self._classifier(replace(own, width=width * own.width)) for width in widths}
 
     def plain_networks(self, teacher: Path) -> dict[str, StagedNetwork]:
-        """The teacher without early exits."""
+        """The teacher without early exits, and rivals of other depths."""
         network = self._classifier()
         load_weights(network, checkpoint.load(teacher, train.TEACHER)[0], f"`{teacher}`")
-        return {FULL: network.eval()}
+        return {FULL: network.eval(), **self._rivals()}
+
+    def _rivals(self) -> dict[str, StagedNetwork]:
+        found: dict[str, StagedNetwork] = {}
+        for rival in self.config.rivals:
+            depth, _, path = rival.partition("=")
+            network = self._classifier(replace(self.config.backbone, depth=int(depth)))
+            load_weights(network, read_weights(Path(path).expanduser()), f"`{path}`")
+            found[f"given depth {depth}"] = network.eval()
+        return found
 
     def dissect(
         self,
@@ -158,20 +169,23 @@ class VisionDomain:
         load_weights(network, read_weights(path), f"`{path}`")
         checkpoint.save(folder, train.TEACHER, weights(network), {**self._facts(), "source": path.name})
 
-    def batches(self, seed: int) -> Batches:
-        """Training images, shuffled and varied, with their labels."""
+    def samples(self, seed: int, first: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+        """Buffers of training images, shuffled and varied, with their labels."""
         settings = self.config.collect
+        stream = Stream(self.data.train, self.config.data, settings.batch, seed)
+        index = first * settings.batches
+        while True:
+            yield [stream[index + place] for place in range(settings.batches)]
+            index += settings.batches
+
+    def batches(self, seed: int) -> Batches:
+        """The same as what `act` is called with."""
 
         def collect(act: Act, first: int) -> Iterator[int]:
-            stream = Stream(self.data.train, self.config.data, settings.batch, seed)
-            index = first * settings.batches
-            while True:
-                seen = 0
-                for images, labels in (stream[index + place] for place in range(settings.batches)):
+            for buffer in self.samples(seed, first):
+                for images, labels in buffer:
                     act(images, labels)
-                    seen += len(labels)
-                index += settings.batches
-                yield seen
+                yield sum(len(labels) for _, labels in buffer)
 
         return collect
 

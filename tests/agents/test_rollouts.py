@@ -14,12 +14,13 @@ from agents.backbones.nature import nature_network
 from agents.config import EnvConfig
 from agents.rollouts import Job, at_random, collect, exiting, play
 from rlexit.config import DistillConfig, HeadConfig
-from rlexit.distill import Distiller, ExitStudent
+from rlexit.distill import Distiller
 from rlexit.domain import Played
 from rlexit.ensembles import GeometricEnsemble
 from rlexit.exit_policy import ExitPolicy
 from rlexit.network import StagedNetwork
 from rlexit.runtime import RunResult, replay
+from rlexit.students import ExitStudent
 
 ACTIONS = 6
 SHORT = EnvConfig("qbert", max_frames=160)  # 40 env steps

@@ -13,11 +13,11 @@ from torch.nn import functional
 from rlexit.attach import attach, unit_name
 from rlexit.config import HeadConfig
 from rlexit.costs import cost_table
-from rlexit.distill import ExitStudent
 from rlexit.exit_policy import ExitPolicy
 from rlexit.heads import LinearHead, PooledConvHead
 from rlexit.network import StagedNetwork
 from rlexit.runtime import replay, run
+from rlexit.students import ExitStudent
 from tests.rlexit.toys import parting
 
 ACTIONS = 5

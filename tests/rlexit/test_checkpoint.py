@@ -108,6 +108,18 @@ def test_an_optimiser_goes_on_where_it_was(tmp_path):
     assert torch.equal(layers[0].weight, layers[1].weight)
 
 
+def test_moments_lie_in_memory_as_their_weights_do(tmp_path):
+    layer = nn.Conv2d(4, 3, 3).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(layer.parameters(), fused=True)
+    layer(torch.ones(1, 4, 3, 3)).sum().backward()
+    optimizer.step()
+    save(tmp_path, "state", checkpoint.pack_optimizer(optimizer, "adam"), {})
+    again = torch.optim.Adam(layer.parameters(), fused=True)
+    checkpoint.unpack_optimizer(again, "adam", load(tmp_path, "state")[0])
+    assert again.state[layer.weight]["exp_avg"].stride() == layer.weight.stride() != layer.weight.contiguous().stride()
+    assert torch.equal(again.state[layer.weight]["exp_avg"], optimizer.state[layer.weight]["exp_avg"])
+
+
 # ---- what is refused ----
 
 

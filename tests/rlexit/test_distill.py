@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from rlexit import checkpoint
 from rlexit.config import DistillConfig, HeadConfig
-from rlexit.distill import STATE, Distiller, ExitStudent, StaticStudent, Student, learning_rate, loss_of
+from rlexit.distill import STATE, Distiller, learning_rate, loss_of
 from rlexit.domain import Act, Batches
 from rlexit.ensembles import GeometricEnsemble, NoEnsemble
 from rlexit.heads import Head, LinearHead, ModuleHead
 from rlexit.interrupts import Diverged, Stopped
 from rlexit.network import StagedNetwork
 from rlexit.runlog import read_scalars
+from rlexit.students import ExitStudent, StaticStudent, Student
 from rlexit.units import ModuleUnit
 from tests.rlexit.toys import watched
 

@@ -12,9 +12,10 @@ import torch
 from rich.console import Console
 from safetensors.torch import save_file
 
-from rlexit import checkpoint, verbs
+from rlexit import checkpoint, dissection, verbs
 from rlexit.cli import main
 from rlexit.config import Method
+from rlexit.dissection import BudgetRow
 from rlexit.domain import Domain, Filming, Watch
 from rlexit.exit_policy import ExitPolicy
 from rlexit.interrupts import StopFlag
@@ -193,6 +194,32 @@ def test_given_weights_of_other_classes_leave_nothing_half_written(tmp_path):
 def test_a_teacher_of_something_else_is_refused(run_folder, section, values, message):
     with pytest.raises(checkpoint.CheckpointError, match=message):
         VisionDomain(changed(SMALL, section, **values)).accept(run_folder / "teacher")
+
+
+def test_given_weights_of_another_depth_are_a_static_rival(tmp_path):
+    deep = VisionDomain(changed(SMALL, "backbone", depth=14))._classifier()
+    save_file(weights(deep), tmp_path / "deep.safetensors")
+    made = session(tmp_path / "run", replace(SMALL, rivals=(f"14={tmp_path / 'deep.safetensors'}",)))
+    verbs.train(made)
+    verbs.evaluate_teacher(made)
+    rows = read_rows(made.teacher / "eval" / "episodes.csv")
+    mine = [row for row in rows if row.method == "static"]
+    assert {row.label for row in mine} == {"given depth 14"}
+    assert sum(row.decisions for row in mine) == 192
+    assert mine[0].relative_macs > 1.5
+    found = dissection.load(made.teacher / "eval", BudgetRow)
+    assert {(row.method, row.label) for row in found} == {("teacher", "full"), ("static", "given depth 14")}
+    assert any(row.method == "static" for row in read_latency(made.teacher / "eval" / "latency.csv"))
+
+
+def test_a_rival_that_is_missing_is_told_before_anything_is_distilled(tmp_path):
+    made = session(tmp_path / "run", replace(SMALL, rivals=("14=/nowhere/deep.pt",)))
+    verbs.train(made)
+    with pytest.raises(checkpoint.CheckpointError, match="`/nowhere/deep.pt` is missing"):
+        verbs.distill(made, "ztw")
+    assert not made.method("ztw").exists()
+    with pytest.raises(ValueError, match="`rivals` must be of DEPTH=FILE, got 'deep.pt'"):
+        replace(SMALL, rivals=("deep.pt",))
 
 
 # ---- the command line ----
