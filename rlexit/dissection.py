@@ -39,6 +39,7 @@ class ExitRow(Record):
         improvability: of the rows that this exit gets wrong, the share that an earlier one had right; NaN if none is wrong.
         macs_mean: of leaving there, all heads before it included.
         relative_macs: the same against the full network without heads.
+        relative_ops: likewise by another, named counter of the domain; NaN if it has none.
         count: rows; >= 1.
         metric: of the value.
     """
@@ -53,6 +54,7 @@ class ExitRow(Record):
     improvability: float
     macs_mean: float
     relative_macs: float
+    relative_ops: float
     count: int
     metric: str
 

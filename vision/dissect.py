@@ -26,6 +26,7 @@ from rlexit.network import StagedNetwork
 from rlexit.runtime import run
 from vision import budgets
 from vision.data import DataSet, Images
+from vision.reference_ops import reference_ops
 
 METRIC = "accuracy"
 LEVELS = 41
@@ -60,10 +61,12 @@ class Seen:
     Args:
         answers: (N, K, A) log-probabilities.
         labels: (N,).
+        shape: of an image.
     """
 
     answers: Tensor
     labels: Tensor
+    shape: tuple[int, ...]
 
     @property
     def chosen(self) -> Tensor:
@@ -82,7 +85,7 @@ class Seen:
     def take(self, index: np.ndarray) -> Seen:
         """The images of these indices."""
         where = torch.from_numpy(index)
-        return Seen(self.answers[where], self.labels[where])
+        return Seen(self.answers[where], self.labels[where], self.shape)
 
 
 @torch.no_grad()
@@ -94,7 +97,7 @@ def see(network: StagedNetwork, images: Images, batch: int, watch: Watch) -> See
             raise Stopped
         parts.append(network(pixels).answers)
         watch.progress(sum(map(len, parts)), len(images), {})
-    return Seen(torch.cat(parts), images.labels)
+    return Seen(torch.cat(parts), images.labels, tuple(images.pixels.shape[1:]))
 
 
 def dissect(
@@ -141,10 +144,12 @@ def dissect(
 def _exit_rows(subject: Subject, label: str, network: StagedNetwork, seen: Seen, costs: CostTable) -> Iterator[ExitRow]:
     values = seen.right.double().mean(dim=0).tolist()
     improvable = hindsight_improvability(seen.chosen.numpy(), seen.labels.numpy()).tolist()
+    counted = reference_ops(network, torch.zeros((1, *seen.shape), dtype=torch.uint8))
     for exit, (name, value, hindsight) in enumerate(zip(network.exit_names, values, improvable, strict=True)):
         macs = costs.exits[exit]
         place = (subject.task, subject.method, subject.run_seed, label, exit, name)
-        yield ExitRow(*place, value, hindsight, float(macs), macs / subject.full_macs, len(seen.labels), METRIC)
+        costs_here = float(macs), macs / subject.full_macs, counted.exits[exit] / counted.full
+        yield ExitRow(*place, value, hindsight, *costs_here, len(seen.labels), METRIC)
 
 
 def _budget(

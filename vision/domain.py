@@ -24,7 +24,7 @@ from vision.batches import Stream
 from vision.config import BackboneConfig, NetworkConfig, VisionConfig
 from vision.data import DataSet, Images
 from vision.dissect import Subject, dissect
-from vision.importers import read_weights
+from vision.importers import TIMM, given_weights
 from vision.network import Classifier, classifier, load_weights, weights
 
 # Settings of the data set that a teacher is bound to; where it lies is not among them, what is in it is.
@@ -86,7 +86,7 @@ class VisionDomain:
     def train(self, folder: Path, seed: int, watch: Watch) -> None:
         """Trains the backbone by SGD, or takes the given weights."""
         if self.config.teacher != "train":
-            self.adopt(Path(self.config.teacher).expanduser(), folder)
+            self._adopt(self.config.teacher, folder)
             return
         settings = self.config.train
         torch.manual_seed(seed)
@@ -138,7 +138,7 @@ class VisionDomain:
         for rival in self.config.rivals:
             depth, _, path = rival.partition("=")
             network = self._classifier(replace(self.config.backbone, depth=int(depth)))
-            load_weights(network, read_weights(Path(path).expanduser()), f"`{path}`")
+            load_weights(network, *given_weights(path))
             found[f"given depth {depth}"] = network.eval()
         return found
 
@@ -165,9 +165,13 @@ class VisionDomain:
 
     def adopt(self, path: Path, folder: Path) -> None:
         """Makes given weights the teacher."""
+        self._adopt(str(path), folder)
+
+    def _adopt(self, source: str, folder: Path) -> None:
         network = self._classifier()
-        load_weights(network, read_weights(path), f"`{path}`")
-        checkpoint.save(folder, train.TEACHER, weights(network), {**self._facts(), "source": path.name})
+        load_weights(network, *given_weights(source))
+        name = source if source.startswith(TIMM) else Path(source).name
+        checkpoint.save(folder, train.TEACHER, weights(network), {**self._facts(), "source": name})
 
     def samples(self, seed: int, first: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """Buffers of training images, shuffled and varied, with their labels."""

@@ -12,7 +12,7 @@ from rlexit.dissection import BudgetRow, ExitRow, GroupRow, PictureRow
 from rlexit.pages import Bullets, Heading, Paragraph, Picture, Table
 
 BUDGET = BudgetRow("pets", "ztw", 0, "exits", "honest", "the other half", "real", 0.5, 0.8, 0.49, 1000, "accuracy")
-EXIT = ExitRow("pets", "ztw", 0, "exits", 0, "block 1", 0.6, 0.0, 1e6, 0.3, 1000, "accuracy")
+EXIT = ExitRow("pets", "ztw", 0, "exits", 0, "block 1", 0.6, 0.0, 1e6, 0.3, 0.3, 1000, "accuracy")
 GROUP = GroupRow("pets", "ztw", 0, "0.5 of the MACs", "cat", 0.7, 0.4, (0.75, 0.25), 500, "accuracy")
 PICTURE = PictureRow("pets", "ztw", 0, "images.png", "cats", "easy ones")
 
@@ -115,6 +115,13 @@ def test_every_exit_has_a_line_and_every_method_its_columns(tmp_path):
         ["0", "block 1", "0.300", "60.00", "0.0", "0.300", "50.00", "-"],
         ["1", "block 2", "1.100", "80.00", "25.0", "-", "-", "-"],
     ]
+
+
+def test_a_second_count_is_shown_where_it_says_something_else(tmp_path):
+    rows = [replace(EXIT, relative_ops=0.35), replace(EXIT, exit=1, group="block 2", relative_ops=0.9)]
+    [table] = tables_in(sections.blocks([folder_of(tmp_path, *rows)]))
+    assert table.header[-1] == "ztw reference ops"
+    assert [line[-1] for line in table.rows] == ["0.350", "0.900"]
 
 
 def test_groups_are_told_from_the_cheapest_on(tmp_path):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -17,11 +19,12 @@ from rlexit.costs import cost_table, parameters
 from rlexit.exit_policy import ExitPolicy
 from rlexit.runtime import run
 from rlexit.state import leaves_of
+from rlexit.statedicts import ImportRefused
 from rlexit.units import Unit
 from vision.backbones import backbones
 from vision.config import BACKBONES, BackboneConfig, NetworkConfig, VisionConfig
 from vision.data import NORMALISATION
-from vision.importers import read_weights
+from vision.importers import MAX_BYTES, given_weights, read_weights
 from vision.network import classifier, load_weights, weights
 
 HEAD = VisionConfig().head
@@ -262,6 +265,55 @@ def test_given_weights_give_the_logits_of_a_plain_resnet(depth):
 # ---- files of weights ----
 
 
+@pytest.mark.parametrize("name", ["nan.pt", "nan.safetensors"])
+def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path, name):
+    tensors = {"linear.weight": torch.full((2, 3), torch.nan)}
+    torch.save(tensors, tmp_path / "nan.pt")
+    save_file(tensors, tmp_path / "nan.safetensors")
+    with pytest.raises(ImportRefused, match=rf"`linear.weight` in `.*{name}` must be finite"):
+        read_weights(tmp_path / name)
+
+
+def test_a_file_that_runs_something_is_refused_and_runs_nothing(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "canary",))
+
+    torch.save({"linear.weight": torch.ones(2), "more": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(ImportRefused, match="evil.pt` must be a plain state dict, got the name"):
+        read_weights(tmp_path / "evil.pt")
+    assert not (tmp_path / "canary").exists()
+
+
+def test_numbers_beside_the_weights_are_no_matter(tmp_path):
+    torch.save({"state_dict": {"a": torch.ones(2)}, "best_prec1": 93.5, "arch": None}, tmp_path / "model.th")
+    assert set(read_weights(tmp_path / "model.th")) == {"a"}
+
+
+def test_a_folder_a_missing_file_and_a_huge_one_are_refused(tmp_path):
+    with pytest.raises(ImportRefused, match="must be a file, got a folder"):
+        read_weights(tmp_path)
+    with pytest.raises(ImportRefused, match="no.pt` is missing"):
+        read_weights(tmp_path / "no.pt")
+    with (tmp_path / "huge.pt").open("wb") as file:
+        file.truncate(MAX_BYTES + 1)  # of holes
+    with pytest.raises(ImportRefused, match=f"huge.pt` must have at most {MAX_BYTES} bytes"):
+        read_weights(tmp_path / "huge.pt")
+
+
+def test_weights_of_timm_need_timm():
+    if importlib.util.find_spec("timm") is not None:
+        pytest.skip("timm is installed: a pretrained model would be downloaded")
+    with pytest.raises(ImportError, match=r"`teacher` timm:resnet50 needs timm: pip install 'rlexit\[timm\]'"):
+        given_weights("timm:resnet50")
+
+
+def test_timm_s_names_are_those_of_the_backbone():
+    timm = pytest.importorskip("timm", reason="needs timm: pip install 'rlexit[timm]'")
+    network = classifier(BackboneConfig("resnet50"), 1000, 224)
+    load_weights(network, timm.create_model("resnet50", pretrained=False).state_dict(), "timm")
+
+
 def test_a_state_dict_of_torch_is_read_whatever_it_is_wrapped_in(tmp_path):
     torch.save({"state_dict": {"module.linear.weight": torch.ones(2, 3)}, "epoch": 3}, tmp_path / "model.th")
     assert read_weights(tmp_path / "model.th")["linear.weight"].shape == (2, 3)
@@ -273,5 +325,5 @@ def test_a_file_that_holds_no_weights_is_refused_by_its_name(tmp_path, name):
     torch.save({"epoch": 3}, tmp_path / "numbers.pt")
     for cut in ("cut.safetensors", "cut.pt", "notes.txt"):
         (tmp_path / cut).write_bytes(b"\x10\x00\x00")
-    with pytest.raises(CheckpointError, match=name):
+    with pytest.raises(ImportRefused, match=name):
         read_weights(tmp_path / name)

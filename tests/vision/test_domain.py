@@ -22,6 +22,7 @@ from rlexit.interrupts import StopFlag
 from rlexit.rows import read_latency, read_rows
 from rlexit.runlog import read_scalars
 from rlexit.session import Session, load_network
+from rlexit.statedicts import ImportRefused
 from rlexit.tables import latency_table
 from tests.vision.small_images import SMALL, changed, hub_folder, pairs
 from vision.config import VisionConfig
@@ -215,7 +216,7 @@ def test_given_weights_of_another_depth_are_a_static_rival(tmp_path):
 def test_a_rival_that_is_missing_is_told_before_anything_is_distilled(tmp_path):
     made = session(tmp_path / "run", replace(SMALL, rivals=("14=/nowhere/deep.pt",)))
     verbs.train(made)
-    with pytest.raises(checkpoint.CheckpointError, match="`/nowhere/deep.pt` is missing"):
+    with pytest.raises(ImportRefused, match="`/nowhere/deep.pt` is missing"):
         verbs.distill(made, "ztw")
     assert not made.method("ztw").exists()
     with pytest.raises(ValueError, match="`rivals` must be of DEPTH=FILE, got 'deep.pt'"):
