@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 LINE_SECONDS = 30.0
+MAX_FIGURES = 6
 
 
 class Meter:
@@ -46,7 +47,7 @@ class Meter:
         now = time.monotonic()
         if self.first is None:
             self.first = done, now
-        text = "  ".join(f"{name} {value:.3g}" for name, value in facts.items())
+        text = "  ".join(f"{name} {facts[name]:.3g}" for name in _chosen(list(facts)))
         if self.bar is not None:
             if self.task is None:
                 self.task = self.bar.add_task(self.name, total=total, facts="")
@@ -66,6 +67,17 @@ class Meter:
     ) -> None:
         if self.bar is not None:
             self.bar.stop()
+
+
+def _chosen(names: list[str]) -> list[str]:
+    """As many figures as fit on a line: of a curve per exit, the first, the middle and the last exit."""
+    if len(names) <= MAX_FIGURES:
+        return names
+    curves: dict[str, list[str]] = {}
+    for name in names:
+        curves.setdefault(name.rpartition("/")[0] or name, []).append(name)
+    ends = [[curve[place] for place in sorted({0, len(curve) // 2, len(curve) - 1})] for curve in curves.values()]
+    return [name for curve in ends for name in curve][:MAX_FIGURES]
 
 
 def _spell(seconds: float) -> str:

@@ -56,6 +56,14 @@ def test_a_line_tells_share_count_speed_time_left_and_figures(clock, paper):
     assert re.split(r"  +", line) == ["train", "10%", "100/1000", "2 steps/s", "eta 7 min 30 s", "score 12.3"]
 
 
+def test_of_many_exits_the_first_the_middle_and_the_last_are_shown(clock, paper):
+    facts = {f"{curve}/exit{exit}": float(exit) for curve in ("loss", "agree") for exit in range(27)}
+    with meter(paper) as tell:
+        tell(1, 1, facts)
+    told = re.split(r"  +", paper.getvalue().strip())[4:]
+    assert told == [f"{curve}/exit{exit} {exit}" for curve in ("loss", "agree") for exit in (0, 13, 26)]
+
+
 def test_a_resumed_stage_counts_its_own_speed_only(clock, paper):
     with meter(paper) as tell:
         tell(9000, 10_000, {})
