@@ -3,41 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from rlexit.budget import run_within
 from rlexit.exit_policy import ExitPolicy, threshold_rows
-from rlexit.gates import Decision, Mode
+from rlexit.gates import Mode
+from rlexit.leaving import Doors, Record, RunResult, check_thresholds, gathered, leaving
 from rlexit.network import StagedNetwork
 from rlexit.rules import Rule
-from rlexit.state import ExitState, map_tensors, take
 
-
-@dataclass(frozen=True)
-class RunResult:
-    """What each row was told, where it left and what it cost.
-
-    Args:
-        answers: (B, A) log-probabilities.
-        exits: (B,) exit index at which the row left, from 0.
-        macs: (B,) multiply-adds executed for the row, heads and gates included.
-        scores: (B, K) the rule's score at each exit, NaN where none was asked for.
-        memory: tree of (B, ...) to hand to the row's next step.
-        decisions: per gate, the decisions of the rows that reached it, with their row indices.
-        leaving: per leave gate asked, the decisions of the rows at that exit, with their row indices.
-    """
-
-    answers: Float[Tensor, "batch outputs"]
-    exits: Int[Tensor, " batch"]
-    macs: Int[Tensor, " batch"]
-    scores: Float[Tensor, "batch exits"]
-    memory: Any = None
-    decisions: tuple[tuple[Int[Tensor, " _"], Decision], ...] = ()
-    leaving: tuple[tuple[Int[Tensor, " _"], Decision], ...] = ()
+__all__ = ["RunResult", "exits_to_build", "replay", "run"]
 
 
 @torch.no_grad()
@@ -48,7 +28,8 @@ def run(
     *,
     thresholds: Float[Tensor, "batch early"] | None = None,
     budgets: Int[Tensor, " batch"] | None = None,
-    steps: Sequence[int] = (),
+    accounting: str = "reserve",
+    infeasible: str = "raise",
     memory: Any = None,
     path: tuple[Any, ...] = (),
     mode: Mode = "greedy",
@@ -61,109 +42,53 @@ def run(
         exit_policy: rule and thresholds for all rows.
         inputs: (B, ...) raw inputs; B may be 0.
         thresholds: (B, K - 1) per row, in place of the policy's own.
-        budgets: (B,) most multiply-adds that each row may cost; it leaves before it would exceed them. What a row
-            cannot go below is the first exit. Every early exit is built, also one that its threshold closes.
-        steps: MACs from each exit to the next (`CostTable.steps`); needed with `budgets`.
+        budgets: (B,) most multiply-adds that each row may cost, heads and gates included; never exceeded. Rows leave as
+            the rule says, or when they cannot afford to go on, with the answer of the latest exit that they passed.
+        accounting: with budgets: `reserve` builds a head where the row leaves and keeps what it costs in hand until then,
+            `anytime` builds every head that is passed.
+        infeasible: with budgets: what happens to a row that cannot afford the first exit: `raise`, or `violated`, which
+            answers there in spite of the budget and says so.
         memory: tree of (B, ...) from the step before.
         path: a static choice for the whole call.
         mode: how gates decide. Where leave gates are sampled, their draw counts and not the threshold.
         generator: source of randomness for sampled gates.
     Raises:
-        ValueError: the number of thresholds does not fit the network, one is NaN, or `budgets` come without `steps`.
+        ValueError: the number of thresholds does not fit the network, one is NaN, or a budget is infeasible.
     """
-    early = network.exits - 1
-    if budgets is not None and len(steps) != early:
-        raise ValueError(f"`steps` must have {early} costs where budgets are given, got {len(steps)}.")
-    rule = exit_policy.scorer
-    shared = threshold_rows([exit_policy], network.exits)[0].tolist()
-    later: list[Any] = [True] * early
-    closed = [limit == torch.inf for limit in shared]
     if thresholds is not None:
-        _check(thresholds, (len(inputs), early))
+        check_thresholds(thresholds, (len(inputs), network.exits - 1))
         thresholds = thresholds.to(inputs.device)
-        closed = (thresholds == torch.inf).all(dim=0).tolist()
-    if budgets is None:
-        limits = shared if thresholds is None else list(thresholds.unbind(dim=1))
-        later = network.read_later([limit < torch.inf for limit in limits], rule.needs_every_exit)
     state = network.begin(inputs, memory, path)
-    left: list[ExitState] = []
-    chosen: list[tuple[Tensor, Decision]] = []
-    asked: list[tuple[Tensor, Decision]] = []
-    scores = torch.full((len(state), network.exits), torch.nan, device=state.device)
+    if budgets is not None and len(state):
+        return run_within(
+            network, exit_policy, state, budgets.to(state.device), thresholds, accounting, infeasible, mode, generator
+        )
+    doors = Doors(network, exit_policy, thresholds)
+    record = Record(len(state), network.exits, state.device)
     while True:
         state, decision = network.decide(state, mode, None, generator)
         if decision is not None:
-            chosen.append((state.rows, decision))
+            record.decisions.append((state.rows, decision))
         state = network.advance(state, decision)
         if not network.at_exit(state):
             continue
         exit = state.exit
-        if exit == early:
-            left.append(_leaving(network, network.answer(state)))
+        if exit == network.exits - 1:
+            record.left.append(leaving(network, network.answer(state)))
             break
-        limit = shared[exit] if thresholds is None else thresholds[state.rows, exit]
-        read = later[exit][state.rows] if isinstance(later[exit], Tensor) else later[exit]
-        if closed[exit] and not isinstance(read, Tensor) and not read:
-            state = network.pass_by(state)
+        state, score, leaves = doors.meet(state, mode, generator)
+        if leaves is None:
             continue
-        if rule.before_head:
-            state, score, leaves = _ask(network, rule, state, limit, read, mode, generator)
-            if len(state.leaving) > len(asked):
-                asked.append((state.rows, state.leaving[-1]))
-        else:
-            state, score, leaves = _score(network, rule, state, limit, read)
-        scores[state.rows, exit] = score
-        if budgets is not None:
-            leaves = leaves | (state.macs + steps[exit] > budgets[state.rows])
+        record.meeting(state, exit, score)
         count = int(leaves.sum())
         if count == len(state):
-            left.append(_leaving(network, state))
+            record.left.append(leaving(network, state))
             break
         if count:
-            left.append(_leaving(network, state).select(torch.nonzero(leaves).flatten()))
+            record.left.append(leaving(network, state).select(torch.nonzero(leaves).flatten()))
             state = state.select(torch.nonzero(~leaves).flatten())
-    return replace(_gather(left, scores, tuple(chosen)), leaving=tuple(asked))
-
-
-Limit = float | Float[Tensor, " batch"]
-Flag = bool | Bool[Tensor, " batch"]
-Scored = tuple[ExitState, Float[Tensor, " batch"], Bool[Tensor, " batch"]]
-
-
-def _score(network: StagedNetwork, rule: Rule, state: ExitState, limit: Limit, read: Flag) -> Scored:
-    """Builds the head for the rows that need it, and scores its answer: the state, (B,) scores, (B,) who leaves."""
-    wanted = (limit < torch.inf) | read
-    if isinstance(wanted, Tensor):
-        state = network.answer_for(state, wanted)
-        score = rule.score(state).masked_fill(~wanted, torch.nan)
-    else:
-        state = network.answer(state)
-        score = rule.score(state)
-    return state, score, score > limit
-
-
-def _ask(
-    network: StagedNetwork,
-    rule: Rule,
-    state: ExitState,
-    limit: Limit,
-    read: Flag,
-    mode: Mode,
-    generator: torch.Generator | None,
-) -> Scored:
-    """Asks the leave gate before the head, which is built for the rows that leave and where a later exit reads it."""
-    leaves = _flags(state, limit == -torch.inf)
-    asked = _flags(state, limit < torch.inf) & ~leaves
-    score = torch.full((len(state),), torch.nan, device=state.device)
-    if bool(asked.any()):
-        state, decision = network.consider(state, mode, None, generator, asked)
-        score = rule.score(state).masked_fill(~asked, torch.nan)
-        leaves = leaves | ((decision.action > 0) if mode == "sample" else (score > limit))
-    return network.answer_for(state, leaves | read), score, leaves
-
-
-def _flags(state: ExitState, flag: Flag) -> Bool[Tensor, " batch"]:
-    return flag if isinstance(flag, Tensor) else torch.full((len(state),), flag, device=state.device)
+    result = gathered(record)
+    return result if budgets is None else replace(result, violated=torch.zeros_like(result.exits, dtype=torch.bool))
 
 
 @torch.no_grad()
@@ -186,7 +111,7 @@ def replay(
     """
     rule = exit_policy.scorer
     if thresholds is not None:
-        _check(thresholds, (len(inputs), network.exits - 1))
+        check_thresholds(thresholds, (len(inputs), network.exits - 1))
     state = network.begin(inputs)
     limits = threshold_rows([exit_policy], network.exits) if thresholds is None else thresholds
     limits = limits.to(state.device).expand(len(state), network.exits - 1)
@@ -208,15 +133,6 @@ def replay(
     return RunResult(chosen, exits, state.macs, scores, network.remember(state))
 
 
-def _check(thresholds: Float[Tensor, "rows limits"], shape: tuple[int, int]) -> None:
-    if thresholds.shape != shape:
-        raise ValueError(
-            f"`thresholds` must be {shape}, got {tuple(thresholds.shape)}. Give one per row and early exit."
-        )
-    if bool(thresholds.isnan().any()):
-        raise ValueError("`thresholds` must be numbers, got nan. Use inf to close an exit.")
-
-
 def exits_to_build(network: StagedNetwork, rule: Rule, limits: Sequence[Any]) -> list[Any]:
     """Which early exits must be built: one bool each, or (B,) bools where the rows differ.
 
@@ -225,21 +141,3 @@ def exits_to_build(network: StagedNetwork, rule: Rule, limits: Sequence[Any]) ->
     open_exits = [limit < torch.inf for limit in limits]
     read = network.read_later(open_exits, rule.needs_every_exit)
     return [one | other for one, other in zip(open_exits, read, strict=True)]
-
-
-def _leaving(network: StagedNetwork, state: ExitState) -> ExitState:
-    """What rows take along when they leave: their memory for the next step, and no features, which nobody reads."""
-    return replace(state, memory=network.remember(state), features=None)
-
-
-def _gather(left: list[ExitState], scores: Tensor, decisions: tuple[tuple[Tensor, Decision], ...]) -> RunResult:
-    """Puts the rows back in the order in which they came."""
-    answers = torch.cat([state.answered for state in left])
-    exits = torch.cat([torch.full_like(state.rows, state.exit - 1) for state in left])
-    macs = torch.cat([state.macs for state in left])
-    memories = [state.memory for state in left]
-    memory = map_tensors(lambda *leaves: torch.cat(leaves), memories[0], *memories[1:])
-    if len(left) > 1:
-        order = torch.argsort(torch.cat([state.rows for state in left]))
-        answers, exits, macs, memory = take((answers, exits, macs, memory), order)
-    return RunResult(answers, exits, macs, scores, memory, decisions)

@@ -413,50 +413,6 @@ def test_a_network_without_early_exits_runs():
         assert result.macs.tolist() == [3, 3]
 
 
-# ---- budgets ----
-
-
-@pytest.mark.parametrize("name", list(TOYS))
-@settings(max_examples=8)
-@given(shares=st.lists(st.floats(0.0, 1.2), min_size=7, max_size=7))
-def test_no_row_costs_more_than_its_budget_once_it_has_passed_the_first_exit(name, shares):
-    toy = TOYS[name]
-    network = toy.network()
-    inputs = toy.inputs(7)
-    table = cost_table(network, inputs)
-    budgets = torch.tensor([int(share * table.exits[-1]) for share in shares])
-    never = ExitPolicy("confidence", (2.0, 2.0))
-    result = run(network, never, inputs, budgets=budgets, steps=table.steps())
-    cheapest = run(network, ExitPolicy.always(0, EXITS), inputs)
-    for row in range(7):
-        assert result.macs[row] <= max(int(budgets[row]), int(cheapest.macs[row]))
-        if budgets[row] < cheapest.macs[row]:
-            assert result.exits[row] == 0
-        if budgets[row] >= table.exits[-1]:
-            assert result.exits[row] == EXITS - 1
-
-
-def test_a_budget_is_spent_to_the_last_exit_that_it_pays_for():
-    network, inputs = staged(), TOYS["cascade"].inputs(4)
-    table = cost_table(network, inputs)
-    budgets = torch.tensor([0, table.exits[1] - 1, table.exits[1], table.exits[2]])
-    result = run(network, ExitPolicy("confidence", (2.0, 2.0)), inputs, budgets=budgets, steps=table.steps())
-    assert result.exits.tolist() == [0, 0, 1, 2]
-
-
-def test_a_sure_row_does_not_spend_its_budget():
-    network, inputs = staged(), TOYS["cascade"].inputs(4)
-    table = cost_table(network, inputs)
-    budgets = torch.full((4,), table.exits[2])
-    result = run(network, ExitPolicy("confidence", (-1.0, 2.0)), inputs, budgets=budgets, steps=table.steps())
-    assert result.exits.tolist() == [0] * 4
-
-
-def test_budgets_without_prices_are_refused():
-    with pytest.raises(ValueError, match="`steps` must have 2 costs where budgets are given, got 0"):
-        run(staged(), ExitPolicy.full(EXITS), TOYS["cascade"].inputs(2), budgets=torch.tensor([1, 1]))
-
-
 # ---- memory ----
 
 
