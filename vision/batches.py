@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vision.config import DataConfig
-from vision.data import Images
+from vision.decoding import Images, StoredImages
 
 
 class Stream:
@@ -25,7 +25,9 @@ class Stream:
         least: a rest of fewer images is left out.
     """
 
-    def __init__(self, images: Images, config: DataConfig, batch: int, seed: int, least: int = 1) -> None:
+    def __init__(
+        self, images: Images | StoredImages, config: DataConfig, batch: int, seed: int, least: int = 1
+    ) -> None:
         if len(images) < least:
             raise ValueError(
                 f"`data` must leave at least {least} images to train on, got {len(images)}. Hold out fewer."
@@ -33,17 +35,22 @@ class Stream:
         self.images, self.batch, self.seed = images, batch, seed
         rest = len(images) % batch
         self.per_epoch = len(images) // batch + (rest >= least)
-        self.vary = _variation(config, images.pixels.shape[-1])
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+        self.vary = _variation(config, images.side)
+        self._orders: dict[int, Tensor] = {}
+
+    def _chosen(self, index: int) -> Tensor:
+        """(B,) images of the batch of that index."""
+        epoch, place = divmod(index, self.per_epoch)
+        if epoch not in self._orders:
+            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.images))
+            # The epoch before may still be asked for, when this one is only being prepared.
+            self._orders = {known: kept for known, kept in self._orders.items() if known == epoch - 1}
+            self._orders[epoch] = torch.from_numpy(order)
+        return self._orders[epoch][place * self.batch : (place + 1) * self.batch]
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """(B, 3, H, W) pixels, uint8 or float32 in [0, 1], and (B,) labels of the batch of that index, from 0."""
-        epoch, place = divmod(index, self.per_epoch)
-        if self._order[0] != epoch:
-            order = np.random.default_rng([self.seed, epoch]).permutation(len(self.images))
-            self._order = epoch, torch.from_numpy(order)
-        chosen = self._order[1][place * self.batch : (place + 1) * self.batch]
-        pixels, labels = self.images.pixels[chosen], self.images.labels[chosen]
+        pixels, labels = self.images.batch(self._chosen(index), self._chosen(index + 1))
         if self.vary is None:
             return pixels, labels
         # kornia draws from torch's global generator: what is drawn here must not move anyone else's.

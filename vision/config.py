@@ -32,6 +32,8 @@ class DataConfig:
         relabel: `cifar2` makes CIFAR-10 two classes, animals and transport (with the horse, as in the paper's split).
         crop: training images are padded by so many pixels of black and cut at random; 0 for not.
         flip: mirror half of the training images.
+        memory_gb: training images that would take more when decoded stay as they are stored, and are decoded batch by batch.
+        workers: that decode them; 0 for one per core.
         toy_rows: images per split of the generated set.
         toy_side: their side.
         toy_classes: their classes.
@@ -46,6 +48,8 @@ class DataConfig:
     relabel: str = ""
     crop: int = 4
     flip: bool = True
+    memory_gb: float = 4.0
+    workers: int = 0
     toy_rows: int = 512
     toy_side: int = 16
     toy_classes: int = 4
@@ -60,6 +64,8 @@ class DataConfig:
         advice = "Its ten classes are what cifar2 sorts."
         require(not self.relabel or self.kind == "cifar10", "data.relabel", "go with kind cifar10", self.kind, advice)
         require(0 <= self.crop <= 64, "data.crop", "be in 0..64", self.crop)
+        require(0 <= self.memory_gb < math.inf, "data.memory_gb", "be at least 0", self.memory_gb)
+        require(0 <= self.workers <= 256, "data.workers", "be in 0..256", self.workers)
         require(8 <= self.toy_rows <= 1 << 20, "data.toy_rows", "be in 8..1048576", self.toy_rows)
         require(8 <= self.toy_side <= 64, "data.toy_side", "be in 8..64", self.toy_side)
         require(2 <= self.toy_classes <= 100, "data.toy_classes", "be in 2..100", self.toy_classes)

@@ -1,24 +1,19 @@
-"""Images as tensors: a data set is read through `datasets`, decoded once to uint8, and split by rules that never vary."""
+"""Data sets of images: read through `datasets`, and split by rules that never vary; `decoding` makes tensors of them."""
 
 from __future__ import annotations
 
 import hashlib
-import io
-from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
-from torch import Tensor
 
 from vision.config import DataConfig
+from vision.decoding import COLUMNS, Images, StoredImages, decode, stored
 
-# Image and label columns of a kind, and the mean and deviation of its channels that published weights expect.
-COLUMNS = {"cifar10": ("img", "label"), "cifar100": ("img", "fine_label"), "images": ("image", "label")}
+# Mean and deviation of the channels that published weights expect.
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 NORMALISATION = {
     "cifar10": IMAGENET,
@@ -29,29 +24,6 @@ NORMALISATION = {
 TEST_NAMES = ("test", "validation", "valid", "val")
 # CIFAR-10's airplane, automobile, horse, ship and truck are transport; the horse too, as in Zero Time Waste's supplement.
 CIFAR2 = {"names": ("animals", "transport"), "classes": (1, 1, 0, 0, 0, 0, 0, 1, 1, 1)}
-MAX_BYTES = 6 << 30
-DECODED_AT_ONCE = 1024
-
-
-@dataclass(frozen=True)
-class Images:
-    """Some images in memory.
-
-    Args:
-        pixels: (N, 3, H, W) uint8.
-        labels: (N,) int64 class indices.
-    """
-
-    pixels: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def take(self, index: np.ndarray) -> Images:
-        """The images of these indices."""
-        where = torch.from_numpy(index)
-        return Images(self.pixels[where], self.labels[where])
 
 
 class DataSet:
@@ -87,8 +59,13 @@ class DataSet:
         return tuple(str(index) for index in range(int(labels.max()) + 1))
 
     @cached_property
-    def _train(self) -> Images:
-        return self._read(0)
+    def _train(self) -> Images | StoredImages:
+        if self._found is None:
+            return self._read(0)
+        kept = stored(self._found[0], self.config, len(self._names), "train split")
+        if kept.decoded_bytes <= self.config.memory_gb * (1 << 30):
+            return self._read(0)
+        return kept.relabelled(CIFAR2["classes"]) if self.config.relabel else kept  # type: ignore[arg-type]
 
     @cached_property
     def _test(self) -> Images:
@@ -120,7 +97,7 @@ class DataSet:
         return digest.hexdigest()[:12]
 
     @cached_property
-    def train(self) -> Images:
+    def train(self) -> Images | StoredImages:
         """What trains: never a held-out image; thinned if a long tail is asked for."""
         images = self._train
         if self.config.holdout:
@@ -140,7 +117,8 @@ class DataSet:
             held, rest = rest, held
         source = self._train if self.config.holdout else self._test
         own = deal(source.labels.numpy()[held], 0.5, self.classes, "held-out")
-        return source.take(held[own[0]]), source.take(held[own[1]])
+        first, second = (source.take(held[part]) for part in own)
+        return first.decoded(), second.decoded()
 
     def evaluated(self, split: str) -> Images:
         """Images of `calibration`, `certification` (both held out, apart from each other) or `test`."""
@@ -258,88 +236,3 @@ def _open(config: DataConfig) -> tuple[Any, Any]:
         raise ValueError(
             f"`{image}` in {config.path!r} must be a column of images, got {found[test].features[image]}."
         ) from (error)
-
-
-def decode(rows: Any, config: DataConfig, classes: int, where: str) -> Images:
-    """Decodes every image of a split once.
-
-    Args:
-        rows: of `datasets`, with undecoded images.
-        config: names the columns, and the side.
-        classes: number of classes of the labels as they are stored.
-        where: what the error calls the split.
-    Raises:
-        ValueError: a row is corrupt, grey, of another size or out of the classes' range; the message names it.
-    """
-    image, label = COLUMNS[config.kind]
-    if not len(rows):
-        raise ValueError(f"`data.path` must hold images, got none in the {where} of {config.path!r}.")
-    pixels = np.empty(0, dtype=np.uint8)
-    labels = torch.empty(len(rows), dtype=torch.int64)
-    formats: list[str] = []
-    for row, (stored, index) in enumerate(_cells(rows, image, label)):
-        place = f"row {row} of the {where} of {config.path!r}"
-        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < classes:
-            raise ValueError(f"`{label}` in {place} must be in 0..{classes - 1}, got {index!r}.")
-        array = _pixels(stored, config.side, formats, place)
-        if row == 0:
-            total = len(rows) * array.size
-            if total > MAX_BYTES:
-                raise ValueError(
-                    f"`data.path` must fit into {MAX_BYTES >> 30} GB when decoded, got {total >> 30} GB in the {where}. "
-                    "Set a smaller `data.side`."
-                )
-            pixels = np.empty((len(rows), *array.shape), dtype=np.uint8)
-        if array.shape != pixels.shape[1:]:
-            sizes = [f"{shape[2]} x {shape[1]}" for shape in (pixels.shape[1:], array.shape)]
-            raise ValueError(f"`{image}` in {place} must be {sizes[0]} as the first, got {sizes[1]}. Set `data.side`.")
-        pixels[row] = array
-        labels[row] = index
-    return Images(torch.from_numpy(pixels), labels)
-
-
-def _cells(rows: Any, image: str, label: str) -> Iterator[tuple[Any, Any]]:
-    for batch in rows.iter(batch_size=DECODED_AT_ONCE):
-        yield from zip(batch[image], batch[label], strict=True)
-
-
-def _pixels(stored: Any, side: int, formats: list[str], place: str) -> np.ndarray:
-    """(3, H, W) uint8 of one stored image; H = W. `formats` remembers what was met: trying all takes half of the time."""
-    path = (stored or {}).get("path")
-    if path and (stored or {}).get("bytes") is None:
-        place = f"{place} ({path})"
-    try:
-        with _opened(io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else path, formats) as picture:
-            picture.load()
-            mode = picture.mode
-            if mode != "RGB":
-                raise ValueError(f"`data.path` must hold RGB images, got mode {mode} in {place}. Convert them.")
-            if side:
-                picture = _fitted(picture, side)
-            array = np.asarray(picture, dtype=np.uint8).transpose(2, 0, 1)
-    except (OSError, SyntaxError, KeyError, TypeError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ValueError(f"`data.path` must hold images that decode, got a corrupt one in {place}: {error}.") from error
-    if array.shape[1] != array.shape[2]:
-        size = f"{array.shape[2]} x {array.shape[1]}"
-        raise ValueError(f"`data.path` must hold square images, got {size} in {place}. Set `data.side`.")
-    return array
-
-
-def _opened(source: Any, formats: list[str]) -> Image.Image:
-    if formats:
-        try:
-            return Image.open(source, formats=formats)
-        except UnidentifiedImageError:
-            pass  # of another format, or of none
-    picture = Image.open(source)
-    formats[:] = [picture.format or ""]
-    return picture
-
-
-def _fitted(picture: Image.Image, side: int) -> Image.Image:
-    """Resized so that the shorter side fits, and cut around the middle."""
-    scale = side / min(picture.size)
-    width, height = (max(round(length * scale), side) for length in picture.size)
-    resized = picture.resize((width, height), Image.Resampling.BICUBIC) if scale != 1 else picture
-    left, top = (width - side) // 2, (height - side) // 2
-    return resized.crop((left, top, left + side, top + side))

@@ -25,7 +25,8 @@ from rlexit.metrics import area_under_curve, hindsight_improvability
 from rlexit.network import StagedNetwork
 from rlexit.runtime import run
 from vision import budgets
-from vision.data import DataSet, Images
+from vision.data import DataSet
+from vision.decoding import Images
 from vision.reference_ops import reference_ops
 
 METRIC = "accuracy"

@@ -22,7 +22,8 @@ from rlexit.runtime import replay, run
 from vision import train
 from vision.batches import Stream
 from vision.config import BackboneConfig, NetworkConfig, VisionConfig
-from vision.data import DataSet, Images
+from vision.data import DataSet
+from vision.decoding import Images
 from vision.dissect import Subject, dissect
 from vision.importers import TIMM, given_weights
 from vision.network import Classifier, classifier, load_weights, weights

@@ -18,7 +18,7 @@ from rlexit.interrupts import Diverged, Stopped
 from rlexit.runlog import RunLog
 from vision.batches import Stream
 from vision.config import TrainConfig
-from vision.data import Images
+from vision.decoding import Images
 from vision.network import Classifier, weights
 
 STATE = "state"

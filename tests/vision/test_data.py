@@ -12,7 +12,8 @@ from PIL import Image
 from tests.vision.small_images import hub_folder, pairs, png
 from vision.batches import Stream
 from vision.config import DataConfig
-from vision.data import DataSet, Images, deal
+from vision.data import DataSet, deal
+from vision.decoding import Images, StoredImages
 
 pytest.importorskip("datasets", reason="needs datasets: pip install 'rlexit[vision]'")
 DATA = os.environ.get("RLEXIT_DATA", "")
@@ -172,6 +173,54 @@ def test_a_rest_too_small_is_left_out():
     assert Stream(images, config, 4, 0).per_epoch == 3
     with pytest.raises(ValueError, match="`data` must leave at least 16 images to train on, got 9"):
         Stream(images, config, 16, 0, least=16)
+
+
+# ---- large data sets ----
+
+
+def two_ways(folder, **settings) -> list[DataSet]:
+    """The same data set decoded once, and batch by batch."""
+    return [at(folder, memory_gb=limit, workers=2, **settings) for limit in (4.0, 0.0)]
+
+
+def test_large_data_sets_are_decoded_batch_by_batch_and_give_the_same_batches(tmp_path):
+    folder = hub_folder(tmp_path / "large", pairs(21), pairs(4, first=100))
+    kept, large = two_ways(folder, holdout=0.3)
+    assert isinstance(kept.train, Images)
+    assert isinstance(large.train, StoredImages)
+    plain = DataConfig(kind="toy", crop=0, flip=False)
+    streams = [Stream(data.train, plain, 4, seed=3) for data in (kept, large)]
+    for index in (0, 1, 2, 3, 4, 7, 5, 6):  # some prepared, some not
+        (pixels, labels), (same, too) = (stream[index] for stream in streams)
+        assert torch.equal(pixels, same)
+        assert torch.equal(labels, too)
+    for split in ("calibration", "certification", "test"):
+        assert keys(kept.evaluated(split)) == keys(large.evaluated(split))
+
+
+def test_large_data_sets_are_thinned_and_relabelled_too(tmp_path):
+    names = [str(index) for index in range(10)]
+    folder = hub_folder(tmp_path / "tail", pairs(80, classes=10), pairs(40, classes=10), classes=names)
+    kept, large = two_ways(folder, relabel="cifar2", long_tail=2.0)
+    assert torch.equal(kept.train.labels, large.train.labels)
+    assert torch.equal(kept.train.decoded().pixels, large.train.decoded().pixels)
+
+
+def test_a_corrupt_image_in_the_middle_of_an_epoch_is_named_by_its_row(tmp_path):
+    rows = pairs(12)
+    rows[7] = (rows[7][0][:60], 1)
+    data = at(hub_folder(tmp_path / "cut", rows, pairs(4)), memory_gb=0.0, holdout=0.0)
+    stream = Stream(data.train, DataConfig(kind="toy", crop=0, flip=False), 4, seed=0)
+    with pytest.raises(ValueError, match=r"a corrupt one in row 7 of the train split of '.*cut'"):
+        for index in range(3):
+            stream[index]
+
+
+def test_an_odd_size_in_the_middle_of_an_epoch_is_named_by_its_row(tmp_path):
+    rows = [*pairs(5), (png(9, side=12), 0)]
+    data = at(hub_folder(tmp_path / "odd", rows, pairs(4)), memory_gb=0.0, holdout=0.0)
+    with pytest.raises(ValueError, match=r"row 5 of the train split .* must be 8 x 8 as the first, got 12 x 12"):
+        data.train.decoded()
 
 
 # ---- bad input ----

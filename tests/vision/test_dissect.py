@@ -18,7 +18,8 @@ from rlexit.ensembles import ensembles
 from rlexit.interrupts import Stopped
 from rlexit.network import StagedNetwork
 from tests.vision.small_images import SMALL, changed
-from vision.data import DataSet, Images
+from vision.data import DataSet
+from vision.decoding import Images
 from vision.dissect import SHOWN, Subject, dissect, sheet
 from vision.domain import VisionDomain
 from vision.network import classifier

@@ -289,3 +289,30 @@ def test_calibrated_points_are_timed_in_batches_too(tmp_path):
     [teacher] = [line for line in table.rows if line[0] == "teacher"]
     assert teacher[3] == teacher[5] == "1.000"
     assert latency_table(whole[:1]) is None
+
+
+def test_a_corrupt_image_in_the_middle_of_an_epoch_leaves_a_training_that_can_go_on(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("datasets")
+    monkeypatch.chdir(tmp_path)
+    rows = pairs(24)
+    rows[13] = (rows[13][0][:50], 1)
+    words = (
+        "--data.memory_gb",
+        "0",
+        "--data.holdout",
+        "0",
+        "--data.crop",
+        "0",
+        "--data.flip",
+        "false",
+        "--backbone.width",
+        "0.25",
+    )
+    words = (*words, "--train.epochs", "1", "--train.batch_size", "4", "--threads", "1")
+    hub_folder(tmp_path / "pets", rows, pairs(8))
+    capsys.readouterr()
+    assert main(["train", "cifar10/resnet20", "--data", str(tmp_path / "pets"), *words]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert "row 13 of the train split" in line
+    assert not list((tmp_path / "runs").rglob("teacher*.safetensors"))
