@@ -56,7 +56,7 @@ def cost_table(network: StagedNetwork, inputs: Any) -> CostTable:
         if name in network.gates:
             gate: Gate = network.gates[name]  # type: ignore[assignment]
             unit: Unit = network.units[name]  # type: ignore[assignment]
-            state = state.charge(gate.macs(replace(state, features=unit.glance(state.features))))
+            state = state.charge(name, gate.macs(replace(state, features=unit.glance(state.features))))
         before = state.macs
         state = network.advance(state)
         units[name] = int(state.macs - before)

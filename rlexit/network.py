@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ class Trace:
         expected_macs: (B,) multiply-adds that the decisions lead to: units and skip paths, gates, and the heads where
             rows leave (all heads that are met, without leave gates); has a gradient in the relaxed decisions.
         leaving: decisions of the leave gates, in the order of the exits that have one.
+        expected_parts: what `expected_macs` is the sum of, by part: `units.<name>`, `gates.<name>`, ...
     """
 
     logits: Float[Tensor, "batch exits outputs"]
@@ -36,6 +37,7 @@ class Trace:
     decisions: tuple[Decision, ...]
     expected_macs: Float[Tensor, " batch"]
     leaving: tuple[Decision, ...] = ()
+    expected_parts: Mapping[str, Float[Tensor, " batch"]] = field(default_factory=dict)
 
 
 class StagedNetwork(nn.Module):
@@ -169,7 +171,7 @@ class StagedNetwork(nn.Module):
         decision, carry = gate.decide(seen, mode, given, generator)
         state = replace(state, carry=carry, decisions=(*state.decisions, decision))
         dense = gate.expected_macs(seen, decision) if state.forecast is not None else None
-        return state.charge(gate.macs(seen, decision), dense), decision
+        return state.charge(f"gates.{name}", gate.macs(seen, decision), dense), decision
 
     def consider(
         self,
@@ -209,7 +211,7 @@ class StagedNetwork(nn.Module):
                 few = seen.select(index)
                 part, _ = gate.decide(few, mode, take(given, index) if given is not None else None, generator)
                 decision, macs = put(decision, index, part), macs.index_copy(0, index, gate.macs(few, part))
-        return replace(state.charge(macs), leaving=(*state.leaving, decision)), decision
+        return replace(state.charge(f"leave_gates.{name}", macs), leaving=(*state.leaving, decision)), decision
 
     def read_later(self, open_exits: Sequence[Any], needs_every_exit: bool = False) -> list[Any]:
         """Which early exits' logits a later exit reads: one bool each, or (B,) bools where the rows differ.
@@ -242,13 +244,14 @@ class StagedNetwork(nn.Module):
             decision: of the gate before it.
             dense: mix body and skip path with gradient, for training; otherwise skipped rows are not computed.
         """
-        unit: Unit = self.units[self.unit_names[state.unit]]  # type: ignore[assignment]
+        name = self.unit_names[state.unit]
+        unit: Unit = self.units[name]  # type: ignore[assignment]
         if dense and decision is not None:
             features, macs = unit.relax(state.features, decision), unit.macs(state.features, decision)
         else:
             features, macs = unit.execute(state.features, decision)
         expected = unit.expected_macs(state.features, decision) if state.forecast is not None else None
-        return replace(state.charge(macs, expected), features=features, unit=state.unit + 1)
+        return replace(state.charge(f"units.{name}", macs, expected), features=features, unit=state.unit + 1)
 
     def at_exit(self, state: ExitState) -> bool:
         """Whether the unit just run has an exit that is still to be answered."""
@@ -274,7 +277,8 @@ class StagedNetwork(nn.Module):
         else:
             answer = self.ensemble.combine(every.log_softmax(dim=-1))
         macs = torch.full_like(state.macs, macs_per_row(head, *inputs))
-        return replace(state.charge(macs), logits=every, answer=answer, exit=state.exit + 1)
+        state = state.charge(f"heads.{self.exit_names[state.exit]}", macs)
+        return replace(state, logits=every, answer=answer, exit=state.exit + 1)
 
     def pass_by(self, state: ExitState) -> ExitState:
         """Goes past an exit that is not built: no head runs, nothing is charged, its logits are NaN."""
@@ -355,7 +359,7 @@ class StagedNetwork(nn.Module):
         """
         state = self.begin(inputs, memory, path)
         everything = torch.ones(len(state), device=state.device)
-        state = replace(state, forecast=Forecast(torch.zeros_like(everything), everything))
+        state = replace(state, forecast=Forecast({}, everything))
         drawn: Mode = "sample" if generator is not None else "greedy"
         answers: list[Tensor] = []
         while not self.finished(state):
@@ -372,7 +376,9 @@ class StagedNetwork(nn.Module):
             else:
                 state = self.answer(state)
             answers.append(state.answered)
-        return Trace(state.logits, torch.stack(answers, dim=1), state.decisions, state.expected_macs, state.leaving)
+        every = torch.stack(answers, dim=1)
+        parts = state.forecast.parts if state.forecast is not None else {}
+        return Trace(state.logits, every, state.decisions, state.expected_macs, state.leaving, parts)
 
     def _answer_softly(
         self, state: ExitState, mode: Mode, given: Decision | None, generator: torch.Generator | None

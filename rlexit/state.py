@@ -75,11 +75,11 @@ class Forecast:
     """What a dense pass expects of real execution, with gradient.
 
     Args:
-        macs: (B,) multiply-adds that the relaxed decisions so far lead to.
+        parts: (B,) multiply-adds that the relaxed decisions so far lead to, by part of the network.
         here: (B,) share of the row that has not left; it pays for what comes.
     """
 
-    macs: Float[Tensor, " batch"]
+    parts: dict[str, Float[Tensor, " batch"]]
     here: Float[Tensor, " batch"]
 
 
@@ -125,21 +125,25 @@ class ExitState:
         chosen: ExitState = take(self, index)
         return chosen
 
-    def charge(self, macs: Int[Tensor, " batch"], expected: Float[Tensor, " batch"] | None = None) -> ExitState:
+    def charge(
+        self, part: str, macs: Int[Tensor, " batch"], expected: Float[Tensor, " batch"] | None = None
+    ) -> ExitState:
         """The same state with more multiply-adds on every row's bill.
 
         Args:
+            part: of the network, which did the work.
             macs: (B,) executed.
             expected: (B,) with gradient, for dense passes, which weigh it by the share that has not left; `macs` if None.
         """
         if self.forecast is None:
             return replace(self, macs=self.macs + macs)
         more = self.forecast.here * (macs if expected is None else expected)
-        return replace(self, macs=self.macs + macs, forecast=replace(self.forecast, macs=self.forecast.macs + more))
+        parts = {**self.forecast.parts, part: more}
+        return replace(self, macs=self.macs + macs, forecast=replace(self.forecast, parts=parts))
 
     def share(self, here: Float[Tensor, " batch"]) -> ExitState:
         """The same state of a dense pass, in which this (B,) share of the row pays for what comes."""
-        return replace(self, forecast=Forecast(self.expected_macs, here))
+        return self if self.forecast is None else replace(self, forecast=replace(self.forecast, here=here))
 
     @property
     def here(self) -> Float[Tensor, " batch"]:
@@ -149,7 +153,9 @@ class ExitState:
     @property
     def expected_macs(self) -> Float[Tensor, " batch"]:
         """(B,) multiply-adds that the decisions lead to: those executed, or those of the forecast, with gradient."""
-        return self.macs.to(torch.float32) if self.forecast is None else self.forecast.macs
+        if self.forecast is None:
+            return self.macs.to(torch.float32)
+        return sum(self.forecast.parts.values(), torch.zeros(len(self), device=self.device))
 
     @property
     def answered(self) -> Float[Tensor, "batch outputs"]:

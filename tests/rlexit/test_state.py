@@ -81,7 +81,7 @@ def full_state(batch: int) -> ExitState:
         macs=row,
         decisions=(decision, decision),
         leaving=(decision,),
-        forecast=Forecast(real, real),
+        forecast=Forecast({"units.a": real}, real),
         carry={"hidden": real[:, None], "count": row},
         memory=(real, row),
         path=(0.5, "narrow"),
