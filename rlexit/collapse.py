@@ -23,8 +23,8 @@ class CollapseWatch:
 
     @property
     def healthy(self) -> bool:
-        """Whether some gate still decides, as far as the newest update shows."""
-        return not (self.shut or self.open)
+        """Whether this is a state to go back to: not all shut, and not all open for so long that it is a collapse."""
+        return not self.shut and self.open < self.after
 
     def observe(self, shares: Mapping[str, float]) -> str | None:
         """Takes in one update.

@@ -6,8 +6,12 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rlexit.methods import METHODS as METHODS
+from rlexit.methods import Method as Method
+
 ALGOS = ("ppo", "skipnet", "blockdrop")
 DECISIONS = ("exits", "units", "reuse")
+REGIMES = ("disjoint", "mixed", "joint")
 # How a hard decision lets a gradient through (`rlexit.gates.estimators`).
 ESTIMATORS = ("gumbel_sigmoid", "reinforce", "soft", "ste_bernoulli", "ste_det")
 
@@ -19,36 +23,6 @@ def require(condition: bool, name: str, rule: str, value: object, advice: str = 
     """Raises ValueError "`name` must <rule>, got <value>. <advice>" unless the condition holds (NaN never does)."""
     if not condition:
         raise ValueError(f"`{name}` must {rule}, got {value!r}.{' ' + advice if advice else ''}")
-
-
-@dataclass(frozen=True)
-class Method:
-    """What distinguishes the ways to train exits.
-
-    Args:
-        cascade: each early head reads the logits of the one before it.
-        ensemble: registered ensemble, fitted after the heads.
-        static: no exits at all but small networks, trained on the same data.
-        refines: the method whose distilled weights, of the same seed, `refine` starts from; "" where it is distilled itself.
-    """
-
-    cascade: bool = False
-    ensemble: str = "none"
-    static: bool = False
-    refines: str = ""
-
-
-METHODS = {
-    "ztw": Method(cascade=True, ensemble="geometric"),
-    "sdn": Method(),
-    "additive": Method(cascade=True, ensemble="additive"),
-    "cascade_only": Method(cascade=True),
-    "ensemble_only": Method(ensemble="geometric"),
-    "static": Method(static=True),
-    "refined": Method(cascade=True, ensemble="geometric", refines="ztw"),
-}
-
-REGIMES = ("disjoint", "mixed", "joint")
 
 
 @dataclass(frozen=True)
@@ -219,6 +193,10 @@ class RefineConfig:
         price_max: the dual variable stays in 0..price_max.
         learning_rate: of Adam, for gates, heads and critics.
         trunk: `frozen`, so that the full answer stays within reach, or `trained` along.
+        trunk_learning_rate: classifiers only: of SGD, for a trained trunk.
+        paths: classifiers only: drawn per image; each is compared with the others.
+        alpha: `skipnet` only: reward for skipping everything.
+        penalty: `blockdrop` only: reward of a wrong answer, negated.
         n_envs: games side by side.
         n_steps: env steps per game and update.
         batch_size: of a minibatch.
@@ -245,6 +223,10 @@ class RefineConfig:
     price_max: float = 10.0
     learning_rate: float = 2.5e-4
     trunk: str = "frozen"
+    trunk_learning_rate: float = 1e-4
+    paths: int = 4
+    alpha: float = 0.1
+    penalty: float = 5.0
     n_envs: int = 8
     n_steps: int = 128
     batch_size: int = 256
@@ -273,9 +255,20 @@ class RefineConfig:
         require(self.n_envs <= 1024, "refine.n_envs", "be at most 1024", self.n_envs)
         advice = "A negative price pays for compute."
         require(0 <= self.price < math.inf, "refine.price", "be at least 0", self.price, advice)
-        for name in ("clone_steps", "target_macs", "dual_rate", "price_max", "entropy", "value", "anchor"):
+        require(2 <= self.paths <= 64, "refine.paths", "be in 2..64", self.paths)
+        for name in (
+            "clone_steps",
+            "target_macs",
+            "dual_rate",
+            "price_max",
+            "entropy",
+            "value",
+            "anchor",
+            "alpha",
+            "penalty",
+        ):
             require(0 <= getattr(self, name) < math.inf, f"refine.{name}", "be at least 0", getattr(self, name))
-        for name in ("learning_rate", "clip", "max_grad_norm"):
+        for name in ("learning_rate", "clip", "max_grad_norm", "trunk_learning_rate"):
             require(0 < getattr(self, name) < math.inf, f"refine.{name}", "be positive", getattr(self, name))
         for name in ("gamma", "gae_lambda"):
             require(0 <= getattr(self, name) <= 1, f"refine.{name}", "be in [0, 1]", getattr(self, name))
@@ -364,7 +357,8 @@ class CoreConfig:
         domain: the package that knows the task.
         methods: what is distilled and compared, from `METHODS`.
         head: how early heads are built.
-        distill: how they learn.
+        gates: how gates before units are built, for methods that have them; their kind is the method's.
+        distill: how heads learn.
         refine: how decisions are refined by reinforcement learning, for methods that are.
         calibrate: how thresholds are chosen.
         evaluate: what is measured.
@@ -373,6 +367,7 @@ class CoreConfig:
     domain: str = ""
     methods: tuple[str, ...] = ("ztw", "sdn", "static")
     head: HeadConfig = field(default_factory=HeadConfig)
+    gates: GateConfig = field(default_factory=GateConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     refine: RefineConfig = field(default_factory=RefineConfig)
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)

@@ -62,7 +62,8 @@ def work(verb: str, options: argparse.Namespace, config: CoreConfig, place: Plac
     # A config that cannot be built is told before hours of work, not after.
     for method in methods:
         blank = domain.blank(METHODS[method])
-        if verb in ("run", "calibrate") and not METHODS[method].static and not METHODS[method].refines:
+        leaves = METHODS[method].exits and not METHODS[method].static and not METHODS[method].refines
+        if verb in ("run", "calibrate") and leaves:
             for target in config.calibrate.target_macs:
                 check_target(cost_table(blank, domain.example()), target)
     with stop_on_signals() as stop:
@@ -158,8 +159,9 @@ def _each_method(verb: str) -> Callable[[Any, argparse.Namespace], None]:
 
 
 def _distilled(methods: Sequence[str]) -> tuple[str, ...]:
-    """The methods that distillation makes: those that are refined start from another one."""
-    return tuple(dict.fromkeys(METHODS[method].refines or method for method in methods))
+    """The methods that distillation makes: those that are refined start from another one, controls repeat one's rates."""
+    firsts = (METHODS[method].refines or method for method in methods)
+    return tuple(dict.fromkeys(name for first in firsts for name in (METHODS[first].rates_of, first) if name))
 
 
 def _distill(session: Session, options: argparse.Namespace) -> None:

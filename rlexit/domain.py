@@ -151,12 +151,15 @@ class Domain(Protocol):
 class Refining(Protocol):
     """What a domain has besides, if it can refine decisions by reinforcement learning."""
 
-    def refine(self, network: StagedNetwork, teacher: Path, folder: Path, seed: int, watch: Watch) -> dict[str, float]:
+    def refine(
+        self, network: StagedNetwork, teacher: Path, method: Method, folder: Path, seed: int, watch: Watch
+    ) -> dict[str, float]:
         """Refines a network in place, or goes on where an earlier call stopped.
 
         Args:
             network: of a method that is refined; holds the weights it starts from.
             teacher: folder of the frozen original.
+            method: that is refined.
             folder: for checkpoints and curves.
             seed: of games and draws.
             watch: stop and progress.
@@ -165,6 +168,17 @@ class Refining(Protocol):
         Raises:
             Stopped: `watch` says so; the state is saved.
         """
+        ...
+
+
+@runtime_checkable
+class Gating(Protocol):
+    """What a domain has besides, if gates before units can learn together with its networks."""
+
+    def learn_gates(
+        self, network: StagedNetwork, teacher: Path, method: Method, folder: Path, seed: int, watch: Watch
+    ) -> dict[str, float]:
+        """Trains a network with fresh gates in place, or goes on where an earlier call stopped; as `Refining.refine`."""
         ...
 
 

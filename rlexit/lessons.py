@@ -13,6 +13,7 @@ from rlexit.config import METHODS
 from rlexit.distill import Distiller
 from rlexit.domain import Labelled
 from rlexit.ensembles import ensembles
+from rlexit.gatestages import learn_gates
 from rlexit.network import StagedNetwork
 from rlexit.session import POLICY, TEACHER, Session, learnt, made, networks_of, plain_teacher
 from rlexit.students import ExitStudent, JointStudent, StaticStudent, Student
@@ -20,13 +21,16 @@ from rlexit.together import SharedSamples, train_together
 
 
 def distill(session: Session, *methods: str) -> None:
-    """Trains the exits of methods on the frozen teacher, or the small static networks.
+    """Trains the exits of methods on the frozen teacher, or gates together with it, or the small static networks.
 
     Methods whose heads learn from labels on the same frozen backbone are trained side by side, each as if alone.
     """
     session.domain.accept(made(session.teacher, TEACHER, "train"))
     config = session.domain.config.distill
-    opened = [method for method in methods if _opened(session, method)]
+    for method in methods:
+        if METHODS[method].gates:
+            learn_gates(session, method)
+    opened = [method for method in methods if not METHODS[method].gates and _opened(session, method)]
     shared: list[str] = []
     if isinstance(session.domain, Labelled) and config.regime == "disjoint":
         shared = [method for method in opened if not METHODS[method].static]

@@ -80,14 +80,21 @@ class Session:
             return Stage(self.teacher, name, {**upstream, **self.settings("evaluate", "rivals")}, config, ("eval",))
         settings = {"method": method, "seed": self.seed, **upstream}
         if name == "distill":
-            sections = self.settings("network", "head", "collect", "distill")
+            learns = ("gates", "gating", "refine") if METHODS[method].gates else ("distill",)
+            sections = self.settings("network", "head", "collect", *learns)
+            if METHODS[method].rates_of:
+                settings["source"] = weights_hash(self.method(METHODS[method].rates_of), POLICY)
             return Stage(
-                self.method(method), name, {**settings, **sections}, config, ("state*", "policy*", "scalars.csv", "tb")
+                self.method(method),
+                name,
+                {**settings, **sections},
+                config,
+                ("state*", "healthy*", "policy*", "scalars.csv", "tb"),
             )
         if name == "refine":
             source = METHODS[method].refines
             settings["source"] = weights_hash(self.method(source), POLICY)
-            settings |= self.settings("network", "head", "refine", "env", "data")
+            settings |= self.settings("network", "head", "gates", "collect", "refine", "env", "data")
             return Stage(
                 self.method(method), name, settings, config, ("state*", "healthy*", "policy*", "scalars.csv", "tb")
             )
@@ -180,9 +187,9 @@ def plain_teacher(session: Session) -> StagedNetwork:
 
 
 def learnt(session: Session, network: StagedNetwork, method: str) -> dict[str, torch.Tensor]:
-    """What training changes and so saves: early heads and ensemble; static, refined and jointly trained networks whole."""
+    """What training changes and so saves: early heads and ensemble, or the whole network where more than these learns."""
     state, kind = network.state_dict(), METHODS[method]
-    if kind.static or kind.refines or session.domain.config.distill.regime != "disjoint":
+    if kind.static or kind.refines or kind.gates or session.domain.config.distill.regime != "disjoint":
         return dict(state)
     frozen = ("units.", f"heads.{network.exit_names[-1]}.")
     return {key: value for key, value in state.items() if not key.startswith(frozen)}

@@ -75,20 +75,20 @@ def refine(session: Session, method: str) -> None:
         session.console.print(f"refine     done already  {folder}")
         return
     with session.watch(f"refine {method}", "samples") as watch:
-        facts = domain.refine(network, session.teacher, folder, session.seed, watch)
+        facts = domain.refine(network, session.teacher, kind, folder, session.seed, watch)
     tensors = {f"/{key}": value for key, value in learnt(session, network, method).items()}
     checkpoint.save(folder, POLICY, tensors, {"method": method, "seed": session.seed, "curves": facts})
     stage.finish(facts)
 
 
 def calibrate(session: Session, method: str) -> list[ExitPolicy]:
-    """Chooses thresholds for the config's targets on calibration episodes; static networks have none.
+    """Chooses thresholds for the config's targets on calibration episodes; networks without early exits have none.
 
     Raises:
         TargetError: a compute target is below the cheapest exit.
     """
     folder = session.method(method)
-    if METHODS[method].static:
+    if METHODS[method].static or not METHODS[method].exits:
         return []
     network = load_network(session, method)[""]
     stage = session.stage("calibrate", method)
@@ -250,7 +250,7 @@ def evaluate_method(session: Session, method: str) -> None:
 def _calibrated(session: Session, method: str) -> list[ExitPolicy]:
     """What was calibrated for the present weights, whatever for; or what the config asks for, if nothing was."""
     known = session.calibrated(method)
-    if METHODS[method].static or known is None:
+    if METHODS[method].static or not METHODS[method].exits or known is None:
         return calibrate(session, method)
     return policies_of(known)
 
@@ -260,6 +260,8 @@ def _operating_points(
 ) -> list[ExitPolicy]:
     """The grid of every rule from calibration rows, each exit alone, and the calibrated policies; labels are unique."""
     settings = session.domain.config.evaluate
+    if network.exits == 1:
+        return [replace(ExitPolicy.full(1), label="gates")]
     costs = cost_table(network, session.domain.example())
     policies = list(calibrated)
     if settings.grid:

@@ -6,12 +6,14 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rlexit.config import CoreConfig, DistillConfig, EvaluateConfig, HeadConfig, require
+from rlexit.config import CoreConfig, DistillConfig, EvaluateConfig, HeadConfig, RefineConfig, require
+from rlexit.gating_config import GatingConfig
 
 # The modules of `vision.backbones`, found without importing torch: a new backbone is one new file.
 BACKBONES = tuple(sorted(path.stem for path in (Path(__file__).parent / "backbones").glob("[a-z]*.py")))
 KINDS = ("cifar10", "cifar100", "images", "toy")
 RELABELS = ("", "cifar2")
+CHANNELS = ("inner", "block_out", "both")
 MAX_SIDE = 1024
 
 
@@ -99,19 +101,26 @@ class BackboneConfig:
 
 @dataclass(frozen=True)
 class NetworkConfig:
-    """Where the classifier may be left.
+    """Where the classifier may be left, and what gates may leave out.
 
     Args:
         every: an exit after every n-th block (the stem and the final pooling are no blocks).
         taps: units with an early exit after them, in place of `every`.
+        gated: units with a gate before them, for methods with gates; all that can be skipped but the first by default (a
+            policy net decides about that one too).
+        channels: which channels of a residual block its gates decide about, where they decide about channels: those
+            between its convolutions (`inner`), its results (`block_out`), or `both`.
     """
 
     every: int = 1
     taps: tuple[str, ...] = ()
+    gated: tuple[str, ...] = ()
+    channels: str = "inner"
 
     def __post_init__(self) -> None:
         require(self.every >= 1, "network.every", "be at least 1", self.every)
         require(len(set(self.taps)) == len(self.taps), "network.taps", "name each unit once", self.taps)
+        require(self.channels in CHANNELS, "network.channels", f"be one of {', '.join(CHANNELS)}", self.channels)
 
 
 @dataclass(frozen=True)
@@ -187,6 +196,23 @@ def _distill() -> DistillConfig:
     )
 
 
+def _refine() -> RefineConfig:
+    """Paths of images: PPO's clip of 0.2 per gate, one epoch where the trunk moves along, slow gates."""
+    return RefineConfig(
+        decisions=("units",),
+        steps=50_000,
+        clone_steps=0,
+        price=0.0,
+        target_macs=0.5,
+        learning_rate=3e-4,
+        trunk="trained",
+        epochs=1,
+        clip=0.2,
+        checkpoint_updates=25,
+        collapse_after=100,
+    )
+
+
 def _evaluate() -> EvaluateConfig:
     """The test set in ten folds, so that intervals are over images."""
     return EvaluateConfig(episodes=10, n_envs=256, latency_batches=(256,))
@@ -205,11 +231,13 @@ class VisionConfig(CoreConfig):
         train: its training.
         network: where it may be left.
         collect: how images reach the heads.
+        gating: how gates and trunk learn together.
     """
 
     domain: str = "vision"
     head: HeadConfig = field(default_factory=_head)
     distill: DistillConfig = field(default_factory=_distill)
+    refine: RefineConfig = field(default_factory=_refine)
     evaluate: EvaluateConfig = field(default_factory=_evaluate)
     data: DataConfig = field(default_factory=DataConfig)
     teacher: str = "train"
@@ -218,6 +246,7 @@ class VisionConfig(CoreConfig):
     train: TrainConfig = field(default_factory=TrainConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     collect: CollectConfig = field(default_factory=CollectConfig)
+    gating: GatingConfig = field(default_factory=GatingConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -25,8 +25,9 @@ from vision.config import BackboneConfig, NetworkConfig, VisionConfig
 from vision.data import DataSet
 from vision.decoding import Images
 from vision.dissect import Subject, dissect
+from vision.gating import gating_of, learn_gates, refine
 from vision.importers import TIMM, given_weights
-from vision.network import Classifier, classifier, load_weights, weights
+from vision.network import Classifier, Gating, classifier, load_weights, weights
 
 # Settings of the data set that a teacher is bound to; where it lies is not among them, what is in it is.
 BOUND = ("kind", "side", "holdout", "half", "long_tail", "relabel")
@@ -71,10 +72,16 @@ class VisionDomain:
         network: NetworkConfig | None = None,
         cascade: bool = False,
         ensemble: type[Ensemble] | None = None,
+        gating: Gating | None = None,
     ) -> Classifier:
         sizes = len(self.data.classes), self.data.side, self.data.normalisation
         config = backbone or self.config.backbone
-        return classifier(config, *sizes, network, self.config.head, cascade, ensemble)
+        return classifier(config, *sizes, network, self.config.head, cascade, ensemble, gating)
+
+    def _of_method(self, method: Method) -> Classifier:
+        """Freshly initialised, with the method's exits and gates."""
+        exits = self.config.network if method.exits else None
+        return self._classifier(None, exits, method.cascade, ensembles[method.ensemble], gating_of(self.config, method))
 
     def _facts(self) -> dict[str, Any]:
         data = asdict(self.config.data)
@@ -118,7 +125,7 @@ class VisionDomain:
 
     def network(self, teacher: Path, method: Method) -> StagedNetwork:
         """The frozen classifier with fresh early heads; its own exit takes part in the ensemble."""
-        network = self._classifier(None, self.config.network, method.cascade, ensembles[method.ensemble])
+        network = self._of_method(method)
         load_weights(network, checkpoint.load(teacher, train.TEACHER)[0], f"`{teacher}`")
         return network.eval()
 
@@ -162,7 +169,7 @@ class VisionDomain:
 
     def blank(self, method: Method) -> StagedNetwork:
         """The network with exits, untrained; for counting."""
-        return self._classifier(None, self.config.network, method.cascade).eval()
+        return self._of_method(method).eval()
 
     def adopt(self, path: Path, folder: Path) -> None:
         """Makes given weights the teacher."""
@@ -182,6 +189,18 @@ class VisionDomain:
         while True:
             yield [stream[index + place] for place in range(settings.batches)]
             index += settings.batches
+
+    def learn_gates(
+        self, network: StagedNetwork, teacher: Path, method: Method, folder: Path, seed: int, watch: Watch
+    ) -> dict[str, float]:
+        """Gates and trunk learn together on the training images; see `vision.gating`."""
+        return learn_gates(self, network, teacher, method, folder, seed, watch)
+
+    def refine(
+        self, network: StagedNetwork, teacher: Path, method: Method, folder: Path, seed: int, watch: Watch
+    ) -> dict[str, float]:
+        """Gates are refined by reinforcement learning on the training images; see `vision.gating`."""
+        return refine(self, network, teacher, method, folder, seed, watch)
 
     def batches(self, seed: int) -> Batches:
         """The same as what `act` is called with."""

@@ -4,23 +4,42 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlexit.checkpoint import CheckpointError
-from rlexit.config import HeadConfig
+from rlexit.config import GateConfig, HeadConfig
 from rlexit.ensembles import Ensemble
+from rlexit.gates import Site, build_gates
 from rlexit.heads import Head, ModuleHead, heads
 from rlexit.network import StagedNetwork
 from rlexit.registry import unknown
+from rlexit.residual import ResidualUnit
 from rlexit.units import ModuleUnit, Unit
 from vision.backbones import Backbone, backbones
 from vision.config import BackboneConfig, NetworkConfig
 
 Normalisation = tuple[Sequence[float], Sequence[float]]
+CHANNELS_OF_IMAGES = 3
 PLAIN = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+
+@dataclass(frozen=True)
+class Gating:
+    """Which gates are before which units.
+
+    Args:
+        gates: kind and settings.
+        units: names; empty for all that can be skipped.
+        channels: which channels of a residual block gates decide about; `none` where they decide about whole blocks.
+    """
+
+    gates: GateConfig
+    units: tuple[str, ...] = ()
+    channels: str = "none"
 
 
 class Classifier(StagedNetwork):
@@ -97,8 +116,9 @@ def classifier(
     head: HeadConfig | None = None,
     cascade: bool = False,
     ensemble: type[Ensemble] | None = None,
+    gating: Gating | None = None,
 ) -> Classifier:
-    """A freshly initialised backbone with exits.
+    """A freshly initialised backbone with exits and gates.
 
     Args:
         config: which backbone.
@@ -109,6 +129,7 @@ def classifier(
         head: how early heads are built. Where the features are no map, a linear one stands in for `pooled_conv`.
         cascade: feed each early head the logits of the one before it.
         ensemble: combines all exits, the backbone's own among them.
+        gating: which gates are before which units; None for none.
     """
     backbone = backbones[config.name](config, classes, side)
     taps = tapped(backbone, network) if network is not None else []
@@ -118,6 +139,8 @@ def classifier(
     prefixes = {f"heads.{backbone.blocks[-1].name}.module": backbone.prefix}
     for block in backbone.blocks:
         module = initialised(block.module)
+        if gating is not None and isinstance(module, ResidualUnit):
+            module = ResidualUnit(module.module, gating.channels)
         units[block.name] = module if isinstance(module, Unit) else ModuleUnit(module)
         prefixes[f"units.{block.name}.module"] = block.prefix
         if block.name in taps:
@@ -126,9 +149,36 @@ def classifier(
     exits[backbone.blocks[-1].name] = ModuleHead(backbone.head)
     combined = ensemble(len(exits), classes) if ensemble is not None else None
     made = Classifier(units, exits, classes, combined, normalisation, prefixes)
+    if gating is not None:
+        entry = Site(backbone.blocks[0].name, CHANNELS_OF_IMAGES)
+        made.set_gates(build_gates(gate_sites(backbone, units, gating), gating.gates, entry))
     # A fifth faster on CPUs where channels lie together, trunk and heads.
     made.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return made
+
+
+def gate_sites(backbone: Backbone, units: Mapping[str, Unit], gating: Gating) -> list[Site]:
+    """Where gates stand, in the order of execution; before the first block none does, unless a policy net decides.
+
+    Raises:
+        LookupError: a name is no unit's; names the nearest.
+        ValueError: no unit can be skipped.
+    """
+    names = [block.name for block in backbone.blocks]
+    before = dict(zip(names[1:], (block.shape[0] for block in backbone.blocks), strict=False))
+    for name in gating.units:
+        if name not in before:
+            raise unknown("network.gated", name, before)
+    able = [name for name in before if units[name].skippable]
+    if able and able[0] == names[1] and gating.gates.kind != "policy_net":
+        able = able[1:]
+    chosen = [name for name in before if name in gating.units] if gating.units else able
+    if not chosen:
+        raise ValueError(
+            f"`backbone` must have units that can be skipped for gates, got {len(names)} units and none. "
+            "Use resnet_cifar or densenet."
+        )
+    return [Site(name, before[name], units[name].width) for name in chosen]
 
 
 def initialised(module: nn.Module) -> nn.Module:

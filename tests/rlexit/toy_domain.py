@@ -191,7 +191,9 @@ class ToyDomain:
         network.load_state_dict(checkpoint.load(teacher, "teacher")[0], strict=False)
         return network.eval()
 
-    def refine(self, network: StagedNetwork, teacher: Path, folder: Path, seed: int, watch: Watch) -> dict[str, float]:
+    def refine(
+        self, network: StagedNetwork, teacher: Path, method: Method, folder: Path, seed: int, watch: Watch
+    ) -> dict[str, float]:
         """Pretends: one step per asked for, each of which moves the first head's bias by 0.1."""
         bias, step = network.head(0).linear.bias, 0  # type: ignore[union-attr]
         if checkpoint.exists(folder, "state"):

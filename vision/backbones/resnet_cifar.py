@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from rlexit.config import require
+from rlexit.residual import ResidualUnit
 from vision.backbones import Backbone, Block, GlobalPool, backbones, halved, scaled
 from vision.config import BackboneConfig
 
@@ -82,7 +83,7 @@ def resnet_cifar(config: BackboneConfig, classes: int, side: int) -> Backbone:
         for index in range((depth - 2) // 6):
             stride = 2 if group and not index else 1
             side = halved(side, stride)
-            block = BasicBlock(inputs, outputs, stride, config.shortcut)
+            block = ResidualUnit(BasicBlock(inputs, outputs, stride, config.shortcut))
             name = f"layer{group + 1}.{index}"
             blocks.append(Block(name.replace(".", "_"), block, (outputs, side, side), f"{name}."))
             inputs = outputs

@@ -1,0 +1,135 @@
+"""Supervised learning of gates: labels and a price on compute, through straight-through decisions, trunk along."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from rlexit.batchnorm import frozen
+from rlexit.domain import Batches, Watch
+from rlexit.gatelearning import GateLearner, Plan, cosine
+from rlexit.gates.estimators import estimators
+from rlexit.gating_config import GatingConfig
+from rlexit.network import StagedNetwork
+from rlexit.objectives import cross_entropy, kl_divergence
+from rlexit.resource import ResourceLoss
+
+
+class GateTrainer(GateLearner):
+    """Trains gates, trunk and exits together: sum of cross-entropies + lambda * relative compute.
+
+    Samples without labels are learnt from the original's answers. The original is needed then, and for distillation.
+
+    Args:
+        network: with gates.
+        original: the full network, frozen; or None.
+        batches: where samples come from.
+        config: settings.
+        full: multiply-adds of the head-free network, every gate open.
+        estimator: registered name, of the gates.
+        folder: for checkpoints and curves.
+        seed: of stochastic gates.
+        watch: stop and progress.
+    Source: Wang et al. 2020 (DDI), arXiv 1907.04523, equations 4 and 5; without a price, SkipNet's supervised stage.
+    """
+
+    def __init__(
+        self,
+        network: StagedNetwork,
+        original: StagedNetwork | None,
+        batches: Batches,
+        config: GatingConfig,
+        full: int,
+        estimator: str,
+        folder: Path,
+        seed: int,
+        watch: Watch,
+    ) -> None:
+        priced = config.cost != "linear" or config.price > 0
+        after = config.collapse_after if priced else 0
+        plan = Plan(config.steps, config.checkpoint_buffers, after, config.recalibrate, full, "gating")
+        last = network.head(network.exits - 1)
+        own = [*network.units.parameters(), *last.parameters()]
+        known = {id(parameter) for parameter in own}
+        fresh = [parameter for parameter in network.parameters() if id(parameter) not in known]
+        optimizers: dict[str, torch.optim.Optimizer] = {
+            "trunk": torch.optim.SGD(
+                own, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
+            )
+        }
+        if fresh:
+            optimizers["fresh"] = torch.optim.Adam(fresh, lr=config.fresh_learning_rate, fused=True)
+        super().__init__(network, batches, plan, optimizers, folder, seed, watch)
+        self.config, self.original = config, original
+        self.resource = ResourceLoss(
+            config.cost, config.price, config.target_macs, rate=config.dual_rate, price_max=config.price_max
+        )
+        self.stochastic = estimators[estimator]().stochastic
+
+    def extra(self) -> dict[str, Any]:
+        """The price."""
+        return {"price": self.resource.price}
+
+    def resume(self, extra: Mapping[str, Any]) -> None:
+        """Takes the price back."""
+        self.resource.price = float(extra["price"])
+
+    def learn(self, inputs: Any, labels: Tensor | None) -> tuple[Float[Tensor, "batch outputs"], dict[str, float]]:
+        """One update of everything that learns at this time."""
+        config, network = self.config, self.network
+        share = cosine(self.done, config.warmup)
+        for name, optimizer in self.optimizers.items():
+            highest = config.learning_rate if name == "trunk" else config.fresh_learning_rate
+            for group in optimizer.param_groups:
+                group["lr"] = share * highest
+        self.resource.target = 1 - (1 - config.target_macs) * min(self.done / config.anneal if config.anneal else 1, 1)
+        network.train()
+        with self._statistics(), torch.autocast(inputs.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            trace = network(inputs, generator=self.generator if self.stochastic else None)
+        logits = trace.logits.float()
+        task = self._task(inputs, labels, logits)
+        relative = trace.expected_macs / self.plan.full
+        price = self.resource.price
+        loss = task.mean() + self.resource(relative)
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+        self.resource.update(float(relative.detach().mean()))
+        answers = logits.detach()[:, -1].log_softmax(dim=-1)
+        facts = {"loss": float(loss.detach()), "gating/task": float(task.detach().mean())}
+        facts |= {"gating/relative_macs": float(relative.detach().mean()), "gating/price": price}
+        if labels is not None:
+            facts["gating/accuracy"] = float((answers.argmax(dim=-1) == labels).double().mean())
+        return answers, facts | self.shares(trace.decisions)
+
+    def _statistics(self) -> Any:
+        """Batch statistics of the trunk: frozen, or as training has them; those of gates and added heads move."""
+        return frozen(self.network.units) if self.config.batch_norm == "frozen" else torch.enable_grad()
+
+    def _task(self, inputs: Any, labels: Tensor | None, logits: Tensor) -> Float[Tensor, " batch"]:
+        """(B,) cross-entropies of the exits that learn at this time, and the divergence from the original."""
+        config = self.config
+        learning = logits if self.done >= config.exits_from else logits[:, -1:]
+        answers = learning.log_softmax(dim=-1)
+        total = torch.zeros(len(logits), device=logits.device)
+        if labels is not None:
+            total = cross_entropy(labels, answers).sum(dim=1)
+        if self.original is not None and (config.distillation or labels is None):
+            temperature = config.temperature if labels is not None else 1.0
+            with (
+                torch.no_grad(),
+                torch.autocast(inputs.device.type, torch.bfloat16, enabled=config.precision == "bf16"),
+            ):
+                wanted = self.original(inputs).logits[:, -1].float()
+            divergence = kl_divergence(
+                (wanted / temperature).log_softmax(dim=-1), (learning[:, -1:] / temperature).log_softmax(dim=-1)
+            )[:, 0]
+            total = total + (config.distillation * temperature**2 if labels is not None else 1.0) * divergence
+        return total

@@ -1,0 +1,254 @@
+"""Classifiers with gates: every system from a teacher to evaluated rows on generated images, and what is refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from rlexit import checkpoint, verbs
+from rlexit.config import METHODS, GateConfig, Method
+from rlexit.costs import cost_table
+from rlexit.domain import Gating, Refining, Watch
+from rlexit.exit_policy import ExitPolicy
+from rlexit.gating_config import GatingConfig
+from rlexit.interrupts import StopFlag, Stopped
+from rlexit.rows import read_rows
+from rlexit.runlog import read_scalars
+from rlexit.runtime import run
+from rlexit.session import Session, load_network
+from tests.vision.small_images import SMALL, changed
+from vision.config import BackboneConfig, NetworkConfig, VisionConfig
+from vision.domain import VisionDomain, domain
+
+TINY = replace(
+    changed(SMALL, "backbone", depth=14),
+    gates=GateConfig(bias=0.5),
+    gating=GatingConfig(
+        steps=960,
+        checkpoint_buffers=4,
+        target_macs=0.6,
+        anneal=0.0,
+        price=2.0,
+        dual_rate=0.5,
+        warmup=0.0,
+        fresh_learning_rate=0.1,
+        recalibrate=96,
+        precision="fp32",
+    ),
+    refine=replace(SMALL.refine, steps=192, checkpoint_updates=2, target_macs=0.6, paths=2, learning_rate=0.01),
+    calibrate=replace(SMALL.calibrate, target_macs=(0.9,)),
+    evaluate=replace(SMALL.evaluate, grid=0, latency_rows=0),
+)
+# Made in this order: refined ones and controls come after those that they start from.
+SYSTEMS = [name for name, method in METHODS.items() if method.gates]
+UNITS = ["layer1_1", "layer2_0", "layer2_1", "layer3_0", "layer3_1"]
+
+
+def session(root: Path, config: VisionConfig = TINY) -> Session:
+    return Session(domain(config), root, 0, Console(quiet=True), StopFlag())
+
+
+def make(made: Session, method: str) -> None:
+    (verbs.refine if METHODS[method].refines else verbs.distill)(made, method)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("runs") / "tiny"
+    verbs.train(session(root))
+    return root
+
+
+@pytest.fixture(scope="module")
+def layer_gates(teacher) -> Path:
+    """The run with layer gates learnt; what others start from."""
+    make(session(teacher), "layer_gates")
+    return teacher
+
+
+def curve(folder: Path, tag: str) -> list[float]:
+    return [value for _, name, value in read_scalars(folder) if name == tag]
+
+
+def test_vision_is_a_domain_that_learns_and_refines_gates():
+    assert isinstance(VisionDomain(TINY), Gating)
+    assert isinstance(VisionDomain(TINY), Refining)
+
+
+@pytest.mark.parametrize("method", SYSTEMS)
+def test_every_system_goes_from_the_teacher_to_rows(layer_gates, method):
+    made = session(layer_gates)
+    for needed in (METHODS[method].refines, METHODS[method].rates_of, method):
+        if needed:
+            make(made, needed)
+    verbs.calibrate(made, method)
+    verbs.evaluate_method(made, method)
+    rows = read_rows(layer_gates / method / "s0" / "eval" / "episodes.csv")
+    assert {row.execution for row in rows} == {"real"}
+    labels = {row.label for row in rows}
+    assert labels == ({"target_macs=0.9"} if METHODS[method].exits else {"gates"})
+    assert sum(row.decisions for row in rows) == 192
+
+
+def test_a_dual_price_brings_layer_gates_to_their_target_and_says_so_on_the_way(layer_gates):
+    made = session(layer_gates)
+    folder = made.method("layer_gates")
+    spent = curve(folder, "gating/relative_macs")
+    assert spent[-1] < 0.75 < spent[0]
+    assert max(curve(folder, "gating/price")) > 0
+    assert len(curve(folder, "gate/open_frac/layer3_1")) == len(spent)
+    network = load_network(made, "layer_gates")[""]
+    assert list(network.gates) == UNITS
+    full = cost_table(network, made.domain.example()).full
+    pixels = VisionDomain(TINY).data.evaluated("test").pixels
+    spent_for_real = run(network, ExitPolicy.full(1), pixels).macs.double().mean() / full
+    assert spent_for_real < 0.8
+
+
+def test_random_gates_repeat_the_rates_of_the_learned_ones(layer_gates):
+    from rlexit.gatestages import open_rates
+
+    made = session(layer_gates)
+    make(made, "random_gates")
+    learnt, control = (load_network(made, name)[""] for name in ("layer_gates", "random_gates"))
+    rows = VisionDomain(TINY).data.evaluated("calibration").pixels
+    wanted = open_rates(learnt, rows)
+    for name in UNITS:
+        rates: Any = control.gates[name].rates
+        torch.testing.assert_close(rates[:1], wanted[name])
+
+
+def test_static_gates_treat_every_image_alike(layer_gates):
+    made = session(layer_gates)
+    make(made, "static_gates")
+    network = load_network(made, "static_gates")[""]
+    result = run(network, ExitPolicy.full(1), VisionDomain(TINY).data.evaluated("test").pixels)
+    assert len(torch.unique(result.macs)) == 1
+
+
+def test_a_price_of_nothing_leaves_gates_open_and_the_teacher_s_accuracy(teacher, tmp_path):
+    config = replace(TINY, gating=replace(TINY.gating, cost="linear", price=0.0, fresh_learning_rate=0.001, steps=64))
+    made = session(tmp_path, config)
+    verbs.train(made)
+    make(made, "layer_gates")
+    network = load_network(made, "layer_gates")[""]
+    images = VisionDomain(TINY).data.evaluated("test")
+    result = run(network, ExitPolicy.full(1), images.pixels)
+    assert float(torch.stack([(d.action > 0).float().mean() for _, d in result.decisions]).mean()) > 0.95
+
+
+def test_a_stopped_training_goes_on_to_the_same_weights(teacher, tmp_path):
+    made = VisionDomain(TINY)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    method = METHODS["layer_gates"]
+
+    def learn(folder: Path, watch: Watch) -> Any:
+        torch.manual_seed(3)
+        network = made.network(teacher / "teacher", method)
+        made.learn_gates(network, teacher / "teacher", method, folder, 0, watch)
+        return network.state_dict()
+
+    expected = learn(whole, Watch())
+    told: list[int] = []
+    with pytest.raises(Stopped):
+        learn(parts, Watch(lambda: len(told) > 6, lambda done, total, facts: told.append(done)))
+    found = learn(parts, Watch())
+    assert all(torch.equal(found[key], value) for key, value in expected.items())
+    assert read_scalars(whole) == read_scalars(parts)
+
+
+def test_ddi_s_exits_start_to_learn_when_they_are_told_to(teacher):
+    made = VisionDomain(replace(TINY, gating=replace(TINY.gating, exits_from=1.0, steps=64)))
+    network = made.network(teacher / "teacher", METHODS["ddi"])
+    before = {key: value.clone() for key, value in network.head(0).state_dict().items()}
+    made.learn_gates(network, teacher / "teacher", METHODS["ddi"], teacher / "late", 0, Watch())
+    assert all(
+        torch.equal(network.head(0).state_dict()[key], value) for key, value in before.items() if "norm" not in key
+    )
+
+
+def test_every_channel_decision_of_iadi_is_kept_from_rows_that_skip_the_block(teacher):
+    network = VisionDomain(TINY).network(teacher / "teacher", METHODS["iadi"]).eval()
+    calls: list[int] = []
+
+    def seen(module: Any, inputs: Any, output: Any) -> None:
+        if not inputs[0].is_meta:
+            calls.append(len(inputs[0]))
+
+    gate: Any = network.gates["layer2_1"]
+    gate.channel.module.register_forward_hook(seen)
+    core: Any = network.gates["layer1_1"]
+    pixels = VisionDomain(TINY).data.evaluated("test").pixels[:7]
+    run(network, ExitPolicy.full(1), pixels)
+    assert calls == [7]
+    with torch.no_grad():
+        core.layer.core.logit.bias.fill_(-50.0)  # shared over depth: every layer gate shuts
+    run(network, ExitPolicy.full(1), pixels)
+    assert calls == [7]
+
+
+# ---- what is refused ----
+
+
+def test_a_gate_on_a_unit_without_a_skip_path_is_refused_before_anything_is_written(tmp_path):
+    made = session(tmp_path, replace(TINY, network=NetworkConfig(gated=("pool",))))
+    verbs.train(made)
+    with pytest.raises(ValueError, match=r"`gates\['pool'\]` must stand before a unit with a skip path"):
+        make(made, "layer_gates")
+    assert not made.method("layer_gates").exists()
+
+
+def test_a_gated_unit_that_is_not_there_is_answered_with_the_nearest():
+    with pytest.raises(LookupError, match="`network.gated` must be a known name, got 'layer1.1'"):
+        VisionDomain(replace(TINY, network=NetworkConfig(gated=("layer1.1",)))).blank(METHODS["layer_gates"])
+
+
+def test_a_backbone_whose_blocks_cannot_be_skipped_takes_no_gates():
+    config = replace(TINY, backbone=BackboneConfig("mobilenet", width=0.125))
+    with pytest.raises(ValueError, match="`backbone` must have units that can be skipped for gates"):
+        VisionDomain(config).blank(METHODS["layer_gates"])
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "message"),
+    [
+        ("gating", {"price": -0.1}, "`gating.price` must be at least 0, got -0.1. A negative price pays for compute."),
+        ("refine", {"price": -0.1}, "`refine.price` must be at least 0"),
+        ("gating", {"cost": "exact"}, "`gating.cost` must be one of linear, sign_target"),
+        ("gating", {"target_macs": 0.0}, "`gating.target_macs` must be positive"),
+        ("network", {"channels": "all"}, "`network.channels` must be one of inner, block_out, both"),
+        ("refine", {"paths": 1}, "`refine.paths` must be in 2..64, got 1"),
+    ],
+)
+def test_a_wrong_setting_is_refused(section, values, message):
+    with pytest.raises(ValueError, match=message):
+        changed(TINY, section, **values)
+
+
+def test_gates_that_are_all_shut_for_long_are_told_and_the_healthy_state_is_kept(teacher, tmp_path):
+    config = replace(
+        TINY,
+        gating=replace(TINY.gating, cost="linear", price=50.0, collapse_after=4, checkpoint_buffers=1, steps=960),
+    )
+    made, method = VisionDomain(config), METHODS["layer_gates"]
+    network = made.network(teacher / "teacher", method)
+    with pytest.warns(RuntimeWarning, match="all 5 gates were shut for 4 updates.*Lower `gating.price`.*`healthy`"):
+        made.learn_gates(network, teacher / "teacher", method, tmp_path, 0, Watch())
+    healthy = checkpoint.load_facts(tmp_path, "healthy")["samples"]
+    assert 0 < healthy < checkpoint.load_facts(tmp_path, "state")["samples"]
+
+
+def test_rates_are_not_there_before_the_method_that_they_are_of(teacher, tmp_path):
+    made = session(tmp_path)
+    verbs.train(made)
+    with pytest.raises(checkpoint.CheckpointError, match="distill"):
+        make(made, "random_gates")
+
+
+def test_the_plain_network_has_no_gates():
+    assert not VisionDomain(TINY).blank(Method()).gates
