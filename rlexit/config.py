@@ -322,6 +322,7 @@ class EvaluateConfig:
         latency_rows: single decisions timed per operating point; 0 for none.
         latency_batches: rows of the larger batches that are timed too, on all threads.
         budgets: shares of the full network's MACs at which exits are compared on a labelled set.
+        hard_budgets: labelled sets only: shares that no row may exceed; rows go on while they can afford it.
     """
 
     episodes: int = 30
@@ -333,6 +334,7 @@ class EvaluateConfig:
     latency_rows: int = 300
     latency_batches: tuple[int, ...] = ()
     budgets: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    hard_budgets: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         require(self.episodes >= 1, "evaluate.episodes", "be at least 1", self.episodes)
@@ -345,8 +347,11 @@ class EvaluateConfig:
         require(self.latency_rows >= 0, "evaluate.latency_rows", "be at least 0", self.latency_rows)
         for batch in self.latency_batches:
             require(2 <= batch <= 4096, "evaluate.latency_batches", "be in 2..4096", batch)
-        for budget in self.budgets:
-            require(0 < budget < math.inf, "evaluate.budgets", "be positive", budget)
+        for name in ("budgets", "hard_budgets"):
+            for budget in getattr(self, name):
+                require(0 < budget < math.inf, f"evaluate.{name}", "be positive", budget)
+        real = not self.hard_budgets or self.execution == "real"
+        require(real, "evaluate.execution", "be real where hard_budgets are measured", self.execution)
 
 
 @dataclass(frozen=True, kw_only=True)

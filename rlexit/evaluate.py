@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rlexit.checkpoint import canonical_json, write_atomic
-from rlexit.costs import CostTable
+from rlexit.costs import CostTable, cost_table
 from rlexit.domain import Domain, Played, Progress, Split, Watch
 from rlexit.exit_policy import ExitPolicy
 from rlexit.interrupts import Stopped
@@ -112,6 +112,32 @@ def evaluate(
     found.sort(key=lambda row: (row.task, row.method, row.run_seed, row.rule, row.label, row.episode))
     if found:
         write_rows(path, others + found)
+    return found
+
+
+def budgeted(domain: Domain, network: StagedNetwork) -> list[ExitPolicy]:
+    """An exit policy for every hard budget of the config: rows go on while they can afford it.
+
+    Args:
+        domain: with its config.
+        network: with early exits; none without.
+    Raises:
+        ValueError: the domain has no labelled set, or a budget is below the cheapest path.
+    """
+    shares = domain.config.evaluate.hard_budgets
+    if network.exits == 1 or not shares:
+        return []
+    if domain.metric != "accuracy":
+        raise ValueError(f"`evaluate.hard_budgets` must be of a labelled set, got {domain.task}. Leave them out.")
+    example = domain.example()
+    full = cost_table(network, example).full
+    found = []
+    for share in shares:
+        label = f"budget={share:g}"
+        whole = ExitPolicy.full(network.exits)
+        policy = replace(whole, label=label, provenance={"target": label}, budget=int(share * full))
+        run(network, policy, example)  # says whether a path fits, before anything is opened
+        found.append(policy)
     return found
 
 

@@ -24,8 +24,9 @@ class ExitPolicy:
             that nobody passes pays for its head.
         label: what tables call it.
         provenance: how the thresholds were found: the target, and what was measured on calibration episodes.
+        budget: most multiply-adds that any row may cost, never exceeded; 0 for no such bound.
     Raises:
-        ValueError: a threshold is NaN.
+        ValueError: a threshold is NaN, or the budget is negative.
         LookupError: no such rule.
     """
 
@@ -33,9 +34,12 @@ class ExitPolicy:
     thresholds: tuple[float, ...]
     label: str = ""
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    budget: int = 0
 
     def __post_init__(self) -> None:
         rules[self.rule]
+        if self.budget < 0:
+            raise ValueError(f"`budget` must be at least 0, got {self.budget}. Use 0 for no bound.")
         for exit, threshold in enumerate(self.thresholds):
             if math.isnan(threshold):
                 raise ValueError(f"`thresholds[{exit}]` must be a number, got nan. Use inf to close an exit.")
@@ -66,6 +70,7 @@ class ExitPolicy:
             "thresholds": [value if math.isfinite(value) else str(value) for value in self.thresholds],
             "label": self.label,
             "provenance": dict(self.provenance),
+            **({"budget": self.budget} if self.budget else {}),
         }
 
     @classmethod
@@ -74,9 +79,10 @@ class ExitPolicy:
         try:
             thresholds = tuple(float(threshold) for threshold in value["thresholds"])
             rule, label, provenance = str(value["rule"]), str(value["label"]), dict(value["provenance"])
+            budget = int(value.get("budget", 0))
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"`exit policy` must have rule, thresholds, label, provenance, got {value}.") from error
-        return cls(rule, thresholds, label, provenance)
+        return cls(rule, thresholds, label, provenance, budget)
 
 
 def threshold_rows(policies: Sequence[ExitPolicy], exits: int) -> Float[Tensor, "rows early"]:

@@ -52,6 +52,19 @@ def cosine(done: float, warmup: float) -> float:
     return min(done / warmup if warmup else 1.0, 1.0) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
 
 
+def legacy_cp(shares: Sequence[float]) -> float:
+    """SkipNet's "computation percentage": (sum of the gates' open shares + 1) / (gates + 1), in [0, 1].
+
+    Units count alike, the first block that always runs among them; stem, head, gates and projections count nothing. It is
+    shown beside relative MACs so that published figures can be compared, and is never a cost here.
+
+    Args:
+        shares: of rows for which each gate is open.
+    Source: skipnet, cifar/train_rl.py:369.
+    """
+    return (sum(shares) + 1) / (len(shares) + 1)
+
+
 class GateLearner:
     """Learns a network with gates in place. A subclass implements `learn`, and `extra` and `resume` if it keeps more.
 
@@ -169,12 +182,13 @@ class GateLearner:
         return answers
 
     def shares(self, decisions: Sequence[Decision]) -> dict[str, float]:
-        """Share of rows for which each gate was open, by its curve's tag."""
-        return {
+        """Share of rows for which each gate was open, by its curve's tag, and SkipNet's percentage of them."""
+        found = {
             f"gate/open_frac/{name}": float((decision.action > 0).double().mean())
             for name, decision in zip(self.network.gates, decisions, strict=True)
             if self.network.gates[name].decides
         }
+        return {**found, "gate/legacy_cp": legacy_cp(list(found.values()))}
 
     def _inputs(self, count: int) -> list[Any]:
         """Inputs of the stream from its beginning, `count` samples or a little more."""

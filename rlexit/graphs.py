@@ -95,6 +95,10 @@ def check_exportable(network: StagedNetwork) -> None:
 def plan_stages(network: StagedNetwork, policy: ExitPolicy) -> list[Plan]:
     """Parts a network where rows may leave: at every early exit with a threshold below infinity, and at the end."""
     rule, early = policy.scorer, network.exits - 1
+    if policy.budget:
+        raise ExportError(
+            f"`budget` must be 0 to be exported, got {policy.budget}: graphs do not count. Export a policy of thresholds."
+        )
     if rule.before_head:
         raise ExportError(
             f"`rule` must score answers to be exported, got {policy.rule!r}, which asks the network before its heads. "

@@ -42,8 +42,9 @@ def run(
         exit_policy: rule and thresholds for all rows.
         inputs: (B, ...) raw inputs; B may be 0.
         thresholds: (B, K - 1) per row, in place of the policy's own.
-        budgets: (B,) most multiply-adds that each row may cost, heads and gates included; never exceeded. Rows leave as
-            the rule says, or when they cannot afford to go on, with the answer of the latest exit that they passed.
+        budgets: (B,) most multiply-adds that each row may cost, heads and gates included; never exceeded; the policy's own
+            where it has one. Rows leave as the rule says, or when they cannot afford to go on, with the answer of the
+            latest exit that they passed.
         accounting: with budgets: `reserve` builds a head where the row leaves and keeps what it costs in hand until then,
             `anytime` builds every head that is passed.
         infeasible: with budgets: what happens to a row that cannot afford the first exit: `raise`, or `violated`, which
@@ -59,6 +60,8 @@ def run(
         check_thresholds(thresholds, (len(inputs), network.exits - 1))
         thresholds = thresholds.to(inputs.device)
     state = network.begin(inputs, memory, path)
+    if budgets is None and exit_policy.budget:
+        budgets = torch.full_like(state.macs, exit_policy.budget)
     if budgets is not None and len(state):
         return run_within(
             network, exit_policy, state, budgets.to(state.device), thresholds, accounting, infeasible, mode, generator

@@ -17,7 +17,7 @@ from rlexit import calibrate as calibration
 from rlexit.config import METHODS
 from rlexit.costs import cost_table, parameters
 from rlexit.domain import Dissecting, Filming, Refining, Watch
-from rlexit.evaluate import Subject, evaluate, exit_costs, latencies, method_name
+from rlexit.evaluate import Subject, budgeted, evaluate, exit_costs, latencies, method_name
 from rlexit.exit_policy import ExitPolicy
 from rlexit.lessons import distill as distill
 from rlexit.network import StagedNetwork
@@ -219,6 +219,7 @@ def evaluate_method(session: Session, method: str) -> None:
     """Plays a grid of thresholds, every exit alone and the calibrated exit policies on the test episodes."""
     networks = load_network(session, method)
     calibrated = _calibrated(session, method)
+    bounded = [] if METHODS[method].static else budgeted(session.domain, networks[""])
     stage = session.stage("evaluate", method)
     folder = session.method(method)
     if not session.begin(stage):
@@ -232,7 +233,7 @@ def evaluate_method(session: Session, method: str) -> None:
         policies = (
             [replace(ExitPolicy.full(1), label=name)]
             if name
-            else _operating_points(session, method, network, calibrated)
+            else _operating_points(session, method, network, [*calibrated, *bounded])
         )
         subject = Subject(method, session.seed, network, policies, full)
         if not name:

@@ -14,6 +14,7 @@ from rlexit import checkpoint, verbs
 from rlexit.config import METHODS, GateConfig, Method
 from rlexit.costs import cost_table
 from rlexit.domain import Gating, Refining, Watch
+from rlexit.evaluate import budgeted
 from rlexit.exit_policy import ExitPolicy
 from rlexit.gating_config import GatingConfig
 from rlexit.interrupts import StopFlag, Stopped
@@ -190,6 +191,41 @@ def test_every_channel_decision_of_iadi_is_kept_from_rows_that_skip_the_block(te
         core.layer.core.logit.bias.fill_(-50.0)  # shared over depth: every layer gate shuts
     run(network, ExitPolicy.full(1), pixels)
     assert calls == [7]
+
+
+def test_no_row_exceeds_a_hard_budget_and_who_skips_comes_further(teacher):
+    shares = (0.4, 0.6, 0.8, 1.0, 1.3, 1.8)
+    made = VisionDomain(changed(TINY, "evaluate", hard_budgets=shares))
+    network = made.network(teacher / "teacher", METHODS["ddi"]).eval()
+    pixels = made.data.evaluated("test").pixels[:48]
+    reached: list[float] = []
+    for share, policy in zip(shares, budgeted(made, network), strict=True):
+        assert policy.label == f"budget={share:g}"
+        result = run(network, policy, pixels)
+        assert int(result.macs.max()) <= policy.budget
+        assert result.violated is not None
+        assert not bool(result.violated.any())
+        reached.append(float(result.exits.double().mean()))
+    assert reached == sorted(reached)
+    assert reached[0] < reached[-1] == network.exits - 1
+
+
+def test_hard_budgets_are_operating_points_and_one_below_the_cheapest_path_is_refused(teacher, tmp_path):
+    config = replace(
+        changed(TINY, "evaluate", hard_budgets=(0.6, 1.8)),
+        gating=replace(TINY.gating, steps=64),
+        calibrate=replace(TINY.calibrate, target_macs=()),
+    )
+    made = session(tmp_path, config)
+    verbs.train(made)
+    make(made, "ddi")
+    low = session(tmp_path, changed(config, "evaluate", hard_budgets=(0.01,)))
+    with pytest.raises(ValueError, match="`budgets.0.` must pay for the first exit"):
+        verbs.evaluate_method(low, "ddi")
+    verbs.evaluate_method(made, "ddi")
+    rows = read_rows(made.method("ddi") / "eval" / "episodes.csv")
+    assert {row.label for row in rows} == {"budget=0.6", "budget=1.8"}
+    assert all(row.relative_macs <= float(row.label.removeprefix("budget=")) for row in rows)
 
 
 # ---- what is refused ----
