@@ -45,6 +45,10 @@ class Ensemble(nn.Module):
         """`combine` of raw logits, one (B, A) per exit so far: what is exported."""
         return self.combine(torch.stack(list(logits), dim=1).log_softmax(dim=-1))
 
+    def as_sum(self, exit: int) -> tuple[Float[Tensor, " so_far"], Float[Tensor, " outputs"]] | None:
+        """(exit + 1,) weights and (A,) bias, if the answer is the log-softmax of so weighted raw logits; else None."""
+        return None
+
     def weights(self) -> list[Float[Tensor, " so_far"]]:
         """(exit + 1,) shares of the exits so far, summing to 1, for each fitted exit; empty where nothing is weighted."""
         return []
@@ -121,14 +125,17 @@ class GeometricEnsemble(_Weighted):
     def _mixed(self, shares: Tensor, log_probabilities: Tensor, log_bias: Tensor) -> Tensor:
         return (torch.matmul(shares, log_probabilities) + log_bias).log_softmax(dim=-1)
 
+    def as_sum(self, exit: int) -> tuple[Float[Tensor, " so_far"], Float[Tensor, " outputs"]] | None:
+        """What normalises each exit shifts all outputs alike and cancels; None at a later exit than those fitted."""
+        return (self._shares(exit).detach(), self.log_bias[exit].detach()) if exit < self.exits else None
+
     def from_logits(self, logits: Sequence[Float[Tensor, "batch outputs"]]) -> Float[Tensor, "batch outputs"]:
-        """The same in a third of the operators: what normalises each exit shifts all outputs alike and cancels."""
-        exit = len(logits) - 1
-        if exit >= self.exits:
+        """The same in a third of the operators, as the weighted sum of `as_sum`."""
+        found = self.as_sum(len(logits) - 1)
+        if found is None:
             return logits[-1].log_softmax(dim=-1)
-        weights = (self.log_weights[exit].exp() / (exit + 1)).tolist()
-        mixed = self.log_bias[exit]
-        for weight, own in zip(weights, logits, strict=True):
+        weights, mixed = found
+        for weight, own in zip(weights.tolist(), logits, strict=True):
             mixed = mixed + weight * own
         return mixed.log_softmax(dim=-1)
 

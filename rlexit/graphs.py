@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rlexit.ensembles import NoEnsemble
 from rlexit.exit_policy import ExitPolicy
 from rlexit.network import StagedNetwork
-from rlexit.rewrites import prepared, rewritten
+from rlexit.rewrites import MixedHead, RewrittenHead, prepared, rewritten
 from rlexit.rules import Rule
 from rlexit.runtime import exits_to_build
 from rlexit.state import ExitState, leaves_of, map_tensors
@@ -157,6 +157,11 @@ class StageModule(nn.Module):
         super().__init__()
         self.network, self.plan, self.rule, self.template = network, plan, rule, template
         self.features: Any = None
+        exit = plan.exits[-1]
+        head, found = network.head(exit), network.ensemble.as_sum(exit) if _is_combined(network, exit) else None
+        # A rule reads the answer, unless it compares exits.
+        keeps = exit in plan.keeps or rule.needs_every_exit
+        self.mixed = MixedHead(head, *found, keeps) if found and isinstance(head, RewrittenHead) else None
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Raw inputs or features, then logits of `plan.reads`; to features, logits of `plan.keeps`, answer and score."""
@@ -168,16 +173,23 @@ class StageModule(nn.Module):
             features = map_tensors(lambda _: next(leaves), self.template)
             given = tuple(leaves)
         logits = dict(zip(plan.reads, given, strict=True))
+        answer: Tensor | None = None
         for name in plan.units:
             unit: Any = network.units[name]
             features = unit(features)
             exit = network.exit_names.index(name) if name in network.exit_names else -1
-            if exit in plan.exits:
-                head, tapped = network.head(exit), unit.tap(features)
+            if exit not in plan.exits:
+                continue
+            head, tapped = network.head(exit), unit.tap(features)
+            if self.mixed is not None and exit == plan.exits[-1]:
+                own, mixed = self.mixed(tapped, [logits[index] for index in range(exit)])
+                logits |= {} if own is None else {exit: own}
+                answer = mixed.log_softmax(dim=-1)
+            else:
                 logits[exit] = head(tapped, logits[exit - 1]) if head.reads_previous else head(tapped)
         self.features = features
         leaving = plan.exits[-1]
-        answer = self._answer(logits, leaving)
+        answer = self._answer(logits, leaving) if answer is None else answer
         if plan.last:
             return (answer,)
         handed = (*leaves_of(features), *(logits[exit] for exit in plan.keeps))

@@ -2,13 +2,14 @@
 
 At batch 1 an operator costs a runtime 1 to 3 us however small it is, and a head has as many of them as a backbone. What is
 linear is therefore folded into the weights beside it: the mix of max and average pooling and the repetition of small maps
-into the head's linear layer, the division of frames by 255 into the first convolution. Equal in real numbers; in float32
-within rounding, which the parity check of `rlexit.export` measures.
+into the head's linear layer, and the ensemble's weights as well; the division of frames by 255 into the first
+convolution. Equal in real numbers; in float32 within rounding, which the parity check of `rlexit.export` measures.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -96,13 +97,53 @@ class RewrittenHead(Head):
         self.linear.weight = nn.Parameter(weight)
         self.linear.bias = nn.Parameter(head.linear.bias.detach().clone())
 
-    def forward(self, features: Tensor, previous: Tensor | None = None) -> Tensor:
-        """Features (B, C, H, W) to logits (B, A)."""
+    def parts(self, features: Tensor, previous: Tensor | None = None) -> list[Tensor]:
+        """What the linear layer reads, side by side: flat pooled maps, and the exit before in a cascade."""
         mixed = functional.relu(self.conv(features))
         flat = mixed.flatten(1) if self.pool.single else torch.cat(self.pool.both(mixed), dim=1).flatten(1)
-        if self.norm is not None:
-            flat = torch.cat([flat, self.norm(previous)], dim=1)
-        return self.linear(flat)
+        return [flat] if self.norm is None else [flat, self.norm(previous)]
+
+    def forward(self, features: Tensor, previous: Tensor | None = None) -> Tensor:
+        """Features (B, C, H, W) to logits (B, A)."""
+        return self.linear(_beside(self.parts(features, previous)))
+
+
+class MixedHead(nn.Module):
+    """A head and the weighted sum of its ensemble as one linear layer, which also reads the logits of earlier exits.
+
+    Args:
+        head: of the exit.
+        weights: (exit + 1,) of the exits so far, as `Ensemble.as_sum` says.
+        bias: (A,) added to the sum.
+        keeps: whether the head's own raw logits are wanted too.
+    """
+
+    def __init__(self, head: RewrittenHead, weights: Tensor, bias: Tensor, keeps: bool) -> None:
+        super().__init__()
+        self.head = head
+        own, start = head.linear.weight.detach(), head.linear.bias.detach()
+        outputs, *earlier = len(own), *weights[:-1].tolist()
+        weight = torch.cat([weights[-1] * own, *(share * torch.eye(outputs) for share in earlier)], dim=1)
+        total = weights[-1] * start + bias
+        self.parts = [outputs, outputs] if keeps else [outputs]
+        if keeps:
+            weight = torch.cat([functional.pad(own, (0, weight.shape[1] - own.shape[1])), weight])
+            total = torch.cat([start, total])
+        self.linear = nn.Linear(weight.shape[1], len(weight))
+        self.linear.weight, self.linear.bias = nn.Parameter(weight), nn.Parameter(total)
+
+    def forward(self, features: Tensor, earlier: Sequence[Tensor]) -> tuple[Tensor | None, Tensor]:
+        """Features and the raw logits (B, A) of earlier exits, to raw logits if they are kept, and their weighted sum."""
+        previous = earlier[-1] if self.head.reads_previous else None
+        found = self.linear(_beside([*self.head.parts(features, previous), *earlier]))
+        if len(self.parts) == 1:
+            return None, found
+        logits, mixed = found.split(self.parts, dim=1)
+        return logits, mixed
+
+
+def _beside(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
 
 
 @torch.no_grad()
