@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlexit import exported, serve
+from rlexit import backends, exported, serve
 from rlexit.checkpoint import write_atomic
 from rlexit.costs import cost_table
 from rlexit.exit_policy import ExitPolicy
@@ -117,15 +117,20 @@ def export(
     return manifest
 
 
-def server_of(network: StagedNetwork, policy: ExitPolicy, rows: Tensor) -> serve.Server:
+def server_of(
+    network: StagedNetwork, policy: ExitPolicy, rows: Tensor, threads: int = 1, runtime: str = "onnxruntime"
+) -> serve.Server:
     """An export that is never written, checked like one; for measuring.
 
     Args:
         network: in evaluation mode.
         policy: rule and thresholds.
         rows: (N, ...) held-out raw inputs for the check.
+        threads: see `serve.load`.
+        runtime: see `serve.load`.
     Raises:
         ExportError: the network cannot be exported, or the export acts otherwise.
+        MissingExtra: onnx or the runtime is not installed.
     """
     need("onnx")
     graphs = stage_graphs(network, policy, rows[:1].cpu())
@@ -134,7 +139,7 @@ def server_of(network: StagedNetwork, policy: ExitPolicy, rows: Tensor) -> serve
         exit = graph.plan.exits[-1]
         inputs, outputs = (exported.ports(_port_facts(side)) for side in (graph.inputs, graph.outputs))
         stages.append(serve.Stage(exit, serve.limit(policy.thresholds, exit), inputs, outputs, graph.data))
-    server = serve.Server(_shape_facts(network, rows) | {"format": "onnx"}, stages)
+    server = serve.Server(_shape_facts(network, rows) | {"format": "onnx"}, stages, threads, runtime)
     found = compare(network, policy, server, rows)
     if not found.holds:
         raise ExportError(f"`export` must act as the network does, got {found}.")
@@ -192,9 +197,9 @@ def need(kind: str) -> None:
     """Raises ExportError for a format that is not known, MissingExtra where its libraries are not there."""
     if kind not in exported.FORMATS:
         raise ExportError(f"`--format` must be one of {', '.join(exported.FORMATS)}, got {kind!r}.")
-    serve.runtime()
+    backends.library("onnxruntime")
     if util.find_spec("onnx") is None:  # torch's exporter needs it too
-        raise serve.MissingExtra("`onnx` is missing. Install it: pip install 'rlexit[export]'.")
+        raise backends.MissingExtra("`onnx` is missing. Install it: pip install 'rlexit[export]'.")
 
 
 def _manifest(
@@ -228,7 +233,7 @@ def _manifest(
         "format": kind,
         **policy.to_json(),
         **_shape_facts(network, rows),
-        "preprocessing": "inside the graph; uint8 frames are divided by 255",
+        "preprocessing": "inside the graph, which divides by 255; frames are given as float32 where its input is",
         "answer": "log-probabilities; the likeliest output is the action, its probability the confidence",
         "macs": macs,
         "relative_macs": {exit: costs.relative(spent) for exit, spent in macs.items()},

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1: frames were converted inside the graph
 MANIFEST = "manifest.json"
 FORMATS = ("onnx", "onnx-if")
 MAX_MANIFEST_BYTES = 1 << 20
@@ -128,9 +128,10 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
             raise ValueError("outputs")
         if [port["shape"] for port in entry["outputs"] if port["name"] == "answer"] != [[outputs]]:
             raise ValueError("answer")
-    if [port for port in stages[0]["inputs"] if port["name"] == "observation"] != [
-        {"name": "observation", "shape": manifest["observation"]["shape"], "dtype": manifest["observation"]["dtype"]}
-    ]:
+    first = [port for port in stages[0]["inputs"] if port["name"] == "observation"]
+    told = {"name": "observation", **manifest["observation"]}
+    # Frames may be given to the graph as float32 of the same values.
+    if first not in ([told], [{**told, "dtype": "float32"}] if told["dtype"] == "uint8" else [told]):
         raise ValueError("observation")
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from rlexit.ensembles import NoEnsemble
 from rlexit.exit_policy import ExitPolicy
 from rlexit.network import StagedNetwork
-from rlexit.rewrites import MixedHead, RewrittenHead, prepared, rewritten
+from rlexit.rewrites import MixedHead, RewrittenHead, given_as, prepared, rewritten
 from rlexit.rules import Rule
 from rlexit.runtime import exits_to_build
 from rlexit.state import ExitState, leaves_of, map_tensors
@@ -210,6 +210,8 @@ class StageModule(nn.Module):
 def stage_graphs(network: StagedNetwork, policy: ExitPolicy, example: Tensor) -> list[Graph]:
     """One ONNX graph per stage; the first input's and every tensor's first dimension is the number of rows.
 
+    Frames that nothing but a convolution reads are given to the first graph as float32 from 0 to 255.
+
     Args:
         network: in evaluation mode.
         policy: rule, and where rows may leave.
@@ -221,6 +223,8 @@ def stage_graphs(network: StagedNetwork, policy: ExitPolicy, example: Tensor) ->
     features = {OBSERVATION: torch.cat([example] * TRACED_ROWS)}
     logits: dict[int, Tensor] = {}
     copied = rewritten(network, features[OBSERVATION])
+    # To convert frames outside of the graph costs half as much; who fills the input can do it in passing.
+    features[OBSERVATION] = given_as(copied, features[OBSERVATION])
     template: Any = None
     found: list[Graph] = []
     for plan in plan_stages(network, policy):

@@ -148,7 +148,7 @@ def _beside(parts: Sequence[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def rewritten(network: StagedNetwork, example: Tensor) -> StagedNetwork:
-    """A copy of a network on the CPU with its heads and its first convolution rewritten; feed it by `prepared`.
+    """A copy of a network on the CPU with its heads and its first convolution rewritten; see `given_as` and `prepared`.
 
     Args:
         network: left as it is.
@@ -175,11 +175,14 @@ def rewritten(network: StagedNetwork, example: Tensor) -> StagedNetwork:
     return copied
 
 
+def given_as(network: StagedNetwork, inputs: Tensor) -> Tensor:
+    """Raw inputs as a rewritten network is given them: float32 of the same values where its weights divide them."""
+    return inputs.to(torch.float32) if getattr(network, "rewritten_scale", False) else inputs
+
+
 def prepared(network: StagedNetwork, inputs: Tensor) -> Tensor:
     """What the first unit of a rewritten network reads; the division of frames may be in its weights."""
-    if getattr(network, "rewritten_scale", False):
-        return inputs.to(torch.float32)
-    return network.prepare(inputs)
+    return inputs if getattr(network, "rewritten_scale", False) else network.prepare(inputs)
 
 
 def _scaled(network: StagedNetwork) -> Any:

@@ -1,4 +1,4 @@
-"""Runs an export with onnxruntime, on one thread and without torch: `act(observation) -> action, exit, confidence`.
+"""Runs an export with onnxruntime or openvino, on one thread, without torch: `act(observation) -> action, exit, confidence`.
 
     from pathlib import Path
     from rlexit import serve
@@ -8,7 +8,7 @@
 
 A folder is treated as a stranger's: sizes are bounded, every byte is hashed, files are regular ones with plain names, a
 graph may hold only known arithmetic and nothing outside itself (`rlexit.onnxfile`), and the checked bytes, not the path,
-go to onnxruntime. What stays possible is a graph that is slow, or wrong on purpose: hashes in a manifest show damage, not
+go to the runtime. What stays possible is a graph that is slow, or wrong on purpose: hashes in a manifest show damage, not
 intent. README has a game of Pong played from an export.
 """
 
@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,11 +25,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlexit import onnxfile
+from rlexit.backends import Runner, one_line, runner
 from rlexit.exported import MAX_FILE_BYTES, Port, ServeError, ports, read_manifest, read_regular
 
-
-class MissingExtra(ImportError):
-    """A library of an extra is not installed; the message names the extra."""
+# What a stage hands on for so many rows fits in a core's second-level cache.
+BLOCK_BYTES = 1 << 20
+LEAST_BLOCK = 8
 
 
 class Act(NamedTuple):
@@ -66,26 +68,20 @@ class Stage:
     data: bytes
 
 
-def runtime() -> Any:
-    """The onnxruntime module; raises MissingExtra that says how to get it."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingExtra("`onnxruntime` is missing. Install it: pip install 'rlexit[export]'.") from error
-    return onnxruntime
-
-
-def load(folder: Path, *, thresholds: Sequence[float] | None = None, threads: int = 1) -> Server:
+def load(
+    folder: Path, *, thresholds: Sequence[float] | None = None, threads: int = 1, runtime: str = "onnxruntime"
+) -> Server:
     """Opens an export after checking every byte of it.
 
     Args:
         folder: what `rlexit export` wrote.
         thresholds: K - 1 others; +inf: nobody leaves there, -inf: everybody. Exits that the export was made without
             (+inf in its manifest) stay closed.
-        threads: of onnxruntime, within one operator.
+        threads: that the rows of a batch are dealt to; a single decision takes one.
+        runtime: `onnxruntime` or `openvino`.
     Raises:
         ServeError: a file is missing, altered, too large, newer than this rlexit, or holds what is not run.
-        MissingExtra: onnxruntime is not installed.
+        MissingExtra: the runtime is not installed.
     """
     manifest = read_manifest(folder)
     limits = [float(value) for value in (manifest["thresholds"] if thresholds is None else thresholds)]
@@ -95,7 +91,7 @@ def load(folder: Path, *, thresholds: Sequence[float] | None = None, threads: in
         raise ServeError("`thresholds` are inside the graph of this format. Export again with --format onnx.")
     if threads < 1:
         raise ServeError(f"`threads` must be at least 1, got {threads}.")
-    return Server(manifest, [_stage(folder, one, limits) for one in manifest["stages"]], threads)
+    return Server(manifest, [_stage(folder, one, limits) for one in manifest["stages"]], threads, runtime)
 
 
 class Server:
@@ -104,32 +100,45 @@ class Server:
     Args:
         manifest: of the export.
         stages: in order, from `load`.
-        threads: of onnxruntime.
+        threads: see `load`.
+        runtime: see `load`.
     """
 
-    def __init__(self, manifest: dict[str, Any], stages: Sequence[Stage], threads: int = 1) -> None:
+    def __init__(
+        self, manifest: dict[str, Any], stages: Sequence[Stage], threads: int = 1, runtime: str = "onnxruntime"
+    ) -> None:
         self.manifest = manifest
         self.shape = tuple(manifest["observation"]["shape"])
         self.dtype = np.dtype(manifest["observation"]["dtype"])
         self.outputs, self.exits = int(manifest["outputs"]), int(manifest["exits"])
         self.nested = manifest["format"] == "onnx-if"
-        self.stages = tuple(stages)
-        options = _options(runtime(), threads)
-        self._sessions = [_session(stage, options) for stage in stages]
+        self.stages, self.threads, self.runtime = tuple(stages), threads, runtime
+        self._runners = [runner(runtime, stage.data, stage.inputs, stage.outputs) for stage in stages]
         # Rows of one: every tensor between stages has one place, bound once.
         self._buffers: dict[str, np.ndarray] = {}
-        self._chain: list[tuple[Any, Any, np.ndarray, float]] = []
+        self._chain: list[tuple[Callable[[], object], np.ndarray, float]] = []
         self._told: list[tuple[np.ndarray, int]] = []
-        for stage, session in zip(stages, self._sessions, strict=True):
-            binding = self._bind(stage, session)
+        for stage, one in zip(stages, self._runners, strict=True):
+            call = self._bind(stage, one)
             score = self._buffers.get(f"score/{stage.exit}", np.ones(1, dtype=np.float32))
-            self._chain.append((session, binding, score, stage.threshold))
+            self._chain.append((call, score, stage.threshold))
             self._told.append((self._buffers[f"answer/{stage.exit}"][0], stage.exit))
         self._observation = self._buffers["observation"][0]
+        # Batches: what a stage hands on, and how many rows of that a core's cache holds.
+        self._places: dict[tuple[int, int, str], np.ndarray] = {}
+        self._workers: ThreadPoolExecutor | None = None
+        self._handed: list[tuple[list[str], int]] = []
+        for place, stage in enumerate(stages):
+            later = {port.name for one in stages[place + 1 :] for port in one.inputs}
+            ports = [port for port in stage.outputs if port.name in later]
+            bytes_of_row = sum(math.prod(port.shape) * np.dtype(port.dtype).itemsize for port in ports)
+            size = max(LEAST_BLOCK, BLOCK_BYTES // bytes_of_row) if bytes_of_row else BLOCK_BYTES
+            self._handed.append(([port.name for port in ports], size))
 
     def with_thresholds(self, thresholds: Sequence[float]) -> Server:
         """The same graphs under other thresholds; see `load`."""
-        return Server(self.manifest, [replace(one, threshold=limit(thresholds, one.exit)) for one in self.stages])
+        stages = [replace(one, threshold=limit(thresholds, one.exit)) for one in self.stages]
+        return Server(self.manifest, stages, self.threads, self.runtime)
 
     def act(self, observation: np.ndarray) -> Act | Acts:
         """Decides for one observation, or for a batch of them.
@@ -162,36 +171,103 @@ class Server:
                 np.copyto(self._observation, observations[row])
                 answers[row], exits[row] = self._one()
             return Served(answers, exits, scores)
-        rows = np.arange(batch)
+        observations = np.ascontiguousarray(observations)
+        parts = np.array_split(np.arange(batch), min(self.threads, max(batch // LEAST_BLOCK, 1)))
+        told = Served(answers, exits, scores)
+        if len(parts) == 1:
+            self._run_part(0, observations, told)
+            return told
+        # Each thread takes its rows all the way: threads that share an operator would wait for each other after each.
+        self._workers = self._workers or ThreadPoolExecutor(self.threads)
+        jobs = [
+            self._workers.submit(
+                self._run_part,
+                number,
+                observations[rows[0] : rows[-1] + 1],
+                Served(*(one[rows[0] : rows[-1] + 1] for one in told)),
+            )
+            for number, rows in enumerate(parts)
+        ]
+        for job in jobs:
+            job.result()
+        return told
+
+    def _run_part(self, number: int, observations: np.ndarray, told: Served) -> None:
+        """Runs some rows of a batch; `number` is that of their thread, which has buffers of its own."""
+        answers, exits, scores = told
+        rows = np.arange(len(observations))
         known: dict[str, np.ndarray] = {"observation": observations}
-        for stage, session in zip(self.stages, self._sessions, strict=True):
-            if not len(rows):
+        for place, stage in enumerate(self.stages):
+            count = len(rows)
+            if not count:
                 break
-            found = _call(session, stage, known)
-            last = stage is self.stages[-1]
-            leaves = np.ones(len(rows), dtype=bool)
-            if not last:
-                scores[rows, stage.exit] = found["score"]
-                leaves = found["score"] > np.float32(stage.threshold)
-            answers[rows[leaves]], exits[rows[leaves]] = found["answer"][leaves], stage.exit
-            if not leaves.any():
-                known |= found
-            elif not last:
-                known = {name: value[~leaves] for name, value in (known | found).items() if name != "observation"}
-                rows = rows[~leaves]
-        return Served(answers, exits, scores)
+            handed, size = self._handed[place]
+            last = place == len(self.stages) - 1
+            held = {port.name: self._hold(number, place, port, count) for port in stage.outputs}
+            stay: list[np.ndarray] = []
+            kept = 0
+            for start in range(0, count, size):
+                end = min(start + size, count)
+                found = {
+                    name: one[kept : kept + end - start] if name in handed else one[: end - start]
+                    for name, one in held.items()
+                }
+                given = {port.name: known[port.name][start:end] for port in stage.inputs}
+                if place == 0:
+                    given["observation"] = self._given(number, given["observation"])
+                self._call(place, given, found)
+                part = rows[start:end]
+                exits[part] = stage.exit
+                answers[part] = found["answer"]
+                if last:
+                    continue
+                scores[part, stage.exit] = found["score"]
+                order = _close_gaps(found["score"] > np.float32(stage.threshold), [found[name] for name in handed])
+                stay.append(order + start)
+                kept += len(order)
+            if last:
+                break
+            chosen = np.concatenate(stay)
+            later = {port.name for one in self.stages[place + 1 :] for port in one.inputs}
+            carried = {name: one[chosen] for name, one in known.items() if name in later and name != "observation"}
+            known = carried | {name: held[name][:kept] for name in handed}
+            rows = rows[chosen]
+
+    def _given(self, number: int, observations: np.ndarray) -> np.ndarray:
+        """Observations as the first graph reads them."""
+        port = next(port for port in self.stages[0].inputs if port.name == "observation")
+        if observations.dtype == port.dtype:
+            return observations
+        held = self._hold(number, -1, port, len(observations))[: len(observations)]
+        np.copyto(held, observations)
+        return held
+
+    def _hold(self, number: int, place: int, port: Port, rows: int) -> np.ndarray:
+        """Where a stage tells a batch what; grows to the largest batch seen."""
+        held = self._places.get((number, place, port.name))
+        if held is None or len(held) < rows:
+            held = self._places[number, place, port.name] = np.empty((rows, *port.shape), dtype=port.dtype)
+        return held
+
+    def _call(self, place: int, given: dict[str, np.ndarray], found: dict[str, np.ndarray]) -> None:
+        try:
+            self._runners[place].bind(given, found)()
+        except Exception as error:
+            raise ServeError(
+                f"`stages` must run on {len(given)} inputs, got: {one_line(error)} Export again."
+            ) from error
 
     def _one(self) -> tuple[np.ndarray, int]:
         """The answer (A,) and the exit of the row in the buffers."""
         place = 0
         try:
-            for session, binding, score, threshold in self._chain:
-                session.run_with_iobinding(binding)
+            for call, score, threshold in self._chain:
+                call()
                 if score.item(0) > threshold:
                     break
                 place += 1
         except Exception as error:
-            raise ServeError(f"`stages` must run on one row, got: {_line(error)} Export again.") from error
+            raise ServeError(f"`stages` must run on one row, got: {one_line(error)} Export again.") from error
         answer, exit = self._told[place]
         return answer, int(self._buffers["exit/-1"][0]) if self.nested else exit
 
@@ -207,61 +283,42 @@ class Server:
             raise ServeError("`observation` must be finite, got NaN or infinity. Leave such rows out.")
         return batched
 
-    def _bind(self, stage: Stage, session: Any) -> Any:
-        binding = session.io_binding()
+    def _bind(self, stage: Stage, one: Runner) -> Callable[[], object]:
+        given: dict[str, np.ndarray] = {}
         for port in stage.inputs:
             buffer = self._buffers.get(port.name)
             if port.name == "observation" and buffer is None:
                 buffer = self._buffers.setdefault(port.name, _buffer(port))
             if buffer is None or buffer.shape[1:] != port.shape or buffer.dtype != port.dtype:
                 raise ServeError(f"`stages` must hand on what the next one reads, got no {port.name!r}. Export again.")
-            binding.bind_input(port.name, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
-        for port in stage.outputs:
-            name = f"{port.name}/{stage.exit}" if port.name in ("answer", "score", "exit") else port.name
-            buffer = self._buffers[name] = _buffer(port)
-            binding.bind_output(port.name, "cpu", 0, buffer.dtype, buffer.shape, buffer.ctypes.data)
-        return binding
+            given[port.name] = buffer
+        found = {port.name: _buffer(port) for port in stage.outputs}
+        for name, buffer in found.items():
+            self._buffers[f"{name}/{stage.exit}" if name in ("answer", "score", "exit") else name] = buffer
+        try:
+            return one.bind(given, found, fixed=True)
+        except Exception as error:
+            raise ServeError(f"`stages` must run on one row, got: {one_line(error)} Export again.") from error
 
 
 def _buffer(port: Port) -> np.ndarray:
     return np.zeros((1, *port.shape), dtype=port.dtype)
 
 
-def _options(onnxruntime: Any, threads: int) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
-    options.log_severity_level = 4
-    # Spinning threads make torch in the same process up to 50 times as slow (onnxruntime issue 13808).
-    for pool in ("intra_op", "inter_op"):
-        options.add_session_config_entry(f"session.{pool}.allow_spinning", "0")
-    return options
+def _close_gaps(leaves: np.ndarray, tensors: Sequence[np.ndarray]) -> np.ndarray:
+    """Which rows stay, in the order in which the tensors hold them now: the last ones fill the places that are free.
 
-
-def _session(stage: Stage, options: Any) -> Any:
-    try:
-        session = runtime().InferenceSession(stage.data, options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        # onnxruntime has a type of its own for each of a dozen faults; their common base is Exception.
-        raise ServeError(f"`stages` must be graphs that onnxruntime runs, got: {_line(error)} Export again.") from error
-    for stated, real in ((stage.inputs, session.get_inputs()), (stage.outputs, session.get_outputs())):
-        if [port.name for port in stated] != [port.name for port in real]:
-            raise ServeError("`stages` must have the inputs and outputs that the manifest says. Export again.")
-    return session
-
-
-def _call(session: Any, stage: Stage, known: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    names = [port.name for port in stage.outputs]
-    try:
-        found = session.run(names, {port.name: known[port.name] for port in stage.inputs})
-    except Exception as error:
-        raise ServeError(f"`stages` must run on {len(known)} inputs, got: {_line(error)} Export again.") from error
-    return dict(zip(names, found, strict=True))
-
-
-def _line(error: Exception) -> str:
-    text = " ".join(str(error).split())[:200]
-    return text if text.endswith(".") else f"{text}."
+    Args:
+        leaves: (n,) bool.
+        tensors: (n, ...) each, changed in place; those who stay lie at their beginning afterwards.
+    """
+    order = np.arange(len(leaves) - int(np.count_nonzero(leaves)))
+    if 0 < len(order) < len(leaves):
+        free, last = np.flatnonzero(leaves[: len(order)]), len(order) + np.flatnonzero(~leaves[len(order) :])
+        for tensor in tensors:
+            tensor[free] = tensor[last]
+        order[free] = last
+    return order
 
 
 def limit(thresholds: Sequence[float], exit: int) -> float:

@@ -18,7 +18,7 @@ from rlexit.rewrites import RewrittenHead
 from rlexit.runtime import run
 from tests.rlexit.toys import EXITS, OUTPUTS, SCORERS, TOYS, parting, staged
 
-pytest.importorskip("onnx", reason="the extra `export` is not installed")
+onnx = pytest.importorskip("onnx", reason="the extra `export` is not installed")
 pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
 
 ROWS = TOYS["cascade"].inputs(32)
@@ -125,6 +125,25 @@ def test_a_rewritten_head_gives_the_logits_of_the_original(size, side, cascade):
     head = PooledConvHead((2, *size), OUTPUTS, HeadConfig(stride=0, pool=side), cascade)
     given = (torch.randn(3, 2, *size), *([torch.randn(3, OUTPUTS)] if cascade else []))
     torch.testing.assert_close(RewrittenHead(head, size)(*given), head(*given), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("rule", "kept"), [("confidence", False), ("patience", True)])
+def test_the_ensemble_is_part_of_the_last_linear_layer_of_its_exit(rule, kept):
+    network = toy()
+    graphs = stage_graphs(network, policy_of(network, rule), ROWS[:1])
+    operators = [[node.op_type for node in onnx.load_from_string(graph.data).graph.node] for graph in graphs]
+    assert [names.count("Gemm") for names in operators] == [1, 1, 1]
+    assert "Split" in operators[0]  # a cascade reads the first head's own logits
+    assert ("Split" in operators[1]) is kept
+    if not kept:
+        assert not {"Add", "Mul"} & {name for names in operators for name in names}
+
+
+def test_frames_are_converted_outside_of_the_first_graph():
+    network = toy()
+    graph = stage_graphs(network, ExitPolicy.full(EXITS), ROWS[:1])[0]
+    assert [(port.name, port.dtype) for port in graph.inputs] == [("observation", "float32")]
+    assert "Cast" not in {node.op_type for node in onnx.load_from_string(graph.data).graph.node}
 
 
 # ---- what is refused ----

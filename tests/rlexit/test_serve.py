@@ -15,11 +15,11 @@ import pytest
 import torch
 
 from rlexit import exported, onnxfile, serve
+from rlexit.backends import MissingExtra
 from rlexit.ensembles import ensembles
 from rlexit.export import export
 from rlexit.exported import ServeError
 from rlexit.runtime import run
-from rlexit.serve import MissingExtra
 from tests.rlexit.toys import EXITS, OUTPUTS, TOYS, parting, staged
 
 onnx = pytest.importorskip("onnx", reason="the extra `export` is not installed")
@@ -94,6 +94,44 @@ def test_batches_of_any_size_are_served(made, batch):
     assert (served.answers.shape, served.exits.shape) == ((batch, OUTPUTS), (batch,))
 
 
+@pytest.mark.parametrize("batch", [1, 15, 16, 17, 32])
+def test_rows_dealt_to_threads_and_blocks_are_told_what_they_are_told_in_one_piece(made, monkeypatch, batch):
+    whole = serve.load(made).run(ROWS[:batch].numpy())
+    monkeypatch.setattr(serve, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(serve, "LEAST_BLOCK", 5)
+    for threads in (1, 2, 3):
+        server = serve.load(made, threads=threads)
+        for _ in range(2):  # the buffers of the first call are used again
+            parts = server.run(ROWS[:batch].numpy())
+            np.testing.assert_array_equal(parts.exits, whole.exits)
+            np.testing.assert_allclose(parts.answers, whole.answers, atol=1e-5)
+            np.testing.assert_allclose(parts.scores, whole.scores, atol=1e-5)
+
+
+def test_a_batch_leaves_the_observations_as_they_are(made):
+    given = ROWS.numpy().copy()
+    serve.load(made).act(given)
+    np.testing.assert_array_equal(given, ROWS.numpy())
+
+
+def test_openvino_serves_what_onnxruntime_serves(made):
+    pytest.importorskip("openvino", reason="the extra `openvino` is not installed")
+    wanted, server = serve.load(made).run(ROWS.numpy()), serve.load(made, runtime="openvino", threads=2)
+    got = server.run(ROWS.numpy())
+    np.testing.assert_array_equal(got.exits, wanted.exits)
+    np.testing.assert_allclose(got.answers, wanted.answers, atol=1e-4)
+    assert [server.act(row)[1] for row in ROWS.numpy()] == wanted.exits.tolist()
+
+
+def test_another_runtime_is_named_with_what_there_is_or_its_extra(made, monkeypatch):
+    assert "must be one of onnxruntime, openvino, got 'tensorrt'" in refusal(
+        lambda: serve.load(made, runtime="tensorrt")
+    )
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'rlexit\[openvino\]'"):
+        serve.load(made, runtime="openvino")
+
+
 def test_other_thresholds_lead_to_other_exits(made):
     limits = {0: (-np.inf, 2.0), 1: (2.0, -np.inf), 2: (2.0, 2.0)}
     for exit, thresholds in limits.items():
@@ -106,7 +144,7 @@ def test_other_thresholds_lead_to_other_exits(made):
 def test_a_later_graph_is_not_run_for_a_row_that_left(made):
     server = serve.load(made, thresholds=(-np.inf, 2.0))
     server._chain[1:] = [None] * (EXITS - 1)
-    server._sessions[1:] = [None] * (EXITS - 1)
+    server._runners[1:] = [None] * (EXITS - 1)
     assert server.act(ROWS[0].numpy()).exit == 0
     assert set(server.act(ROWS.numpy()).exits.tolist()) == {0}
 
