@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
@@ -229,6 +230,24 @@ class AgentsDomain:
     def publish(self, folder: Path, path: Path) -> None:
         """Writes the teacher as a zip for `PPO.load` of stable-baselines3."""
         save_sb3(folder, self.config.env, path)
+
+    @contextmanager
+    def world(self, episode: int) -> Iterator[Callable[[int | None], np.ndarray]]:
+        """One game on an emulator of its own."""
+        game = envs.AtariVecEnv(self.config.env, 1, training=False, n_threads=1)
+
+        def step(action: int | None) -> np.ndarray:
+            if action is None:
+                first: np.ndarray = game.reset_games([0], [episode_seed("calibration", episode)])[0]
+                return first
+            game.step_async(np.array([action]))
+            following: np.ndarray = game.step_wait()[0][0]  # type: ignore[index]
+            return following
+
+        try:
+            yield step
+        finally:
+            game.close()
 
     def predictor(self, network: StagedNetwork, policy: ExitPolicy) -> Callable[[np.ndarray], object]:
         """`predict` of stable-baselines3 on the actor."""

@@ -1,4 +1,4 @@
-"""Latency of single decisions, contenders in turn, so that a machine that is busy for a while is busy for all of them."""
+"""Latency of decisions, contenders in turn, so that a machine that is busy for a while is busy for all of them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,10 @@ class Contender:
         method: the network: `teacher`, `static`, `ztw`, ...
         label: the operating point, as in `rlexit.rows.Row`.
         runtime: what runs it.
-        call: from one (...) observation to anything.
-        rows: (N, ...) observations that are timed, in this order.
+        call: from one (...) observation, or a batch of them, to anything.
+        rows: (N, ...) observations that are timed, in this order; of batches (N, batch, ...).
+        batch: rows per call.
+        threads: of the runtime.
     """
 
     method: str
@@ -29,11 +31,13 @@ class Contender:
     runtime: str
     call: Callable[[np.ndarray], object]
     rows: np.ndarray
+    batch: int = 1
+    threads: int = 1
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What was measured, in microseconds per decision.
+    """What was measured, in microseconds per call.
 
     Args:
         p50: median over repeats of each repeat's median.
@@ -46,6 +50,29 @@ class Timing:
     p50: float
     p95: float
     mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Dot:
+    """One contender that was evaluated too.
+
+    Args:
+        method: as in `rlexit.rows.Row`.
+        label: as there.
+        runtime: what ran it.
+        mean_us: of one decision, mean over the mix of exits.
+        value: mean of the metric over test episodes.
+        low: lower bound of its 95 % interval; NaN where there is none.
+        high: upper bound.
+    """
+
+    method: str
+    label: str
+    runtime: str
+    mean_us: float
+    value: float
     low: float
     high: float
 

@@ -29,7 +29,7 @@ VERBS = {
     "report": "tables, plots and one HTML page from any run folders",
     "video": "one episode with exit, confidence and action drawn beside the frame",
     "export": "ONNX graphs that rlexit.serve runs without torch (--format onnx, onnx-if), or a zip for SB3 (sb3)",
-    "bench": "latency of single decisions: torch, SB3's predict, onnxruntime; every exit and the evaluated mix",
+    "bench": "latency, alone, in batches and in the loop: torch, SB3's predict, onnxruntime, openvino; every exit, the mix",
     "list": "configs, games, methods, rules, runs",
     "doctor": "versions, ROMs, threads, extras and what is missing",
 }
@@ -150,6 +150,9 @@ def _common(verb: str) -> Parser:
     if verb == "bench":
         parser.add_argument("--rows", type=int, default=300, help="decisions timed per contender and repeat")
         parser.add_argument("--repeats", type=int, default=7, help="contenders take turns so often")
+        parser.add_argument("--batches", type=int, nargs="*", default=[64, 256], metavar="N", help="rows per call")
+        runtimes = ("eager", "compiled", "predict", "onnxruntime", "openvino")
+        parser.add_argument("--runtimes", nargs="+", default=runtimes, metavar="NAME", help=", ".join(runtimes))
     return parser
 
 

@@ -7,9 +7,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
-from importlib import util
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from rich.table import Table
 from torch import Tensor
 
 from rlexit import checkpoint
-from rlexit.bench import Contender, Timing, measure, mixed
+from rlexit.bench import Contender, Dot, Timing, measure, mixed
 from rlexit.config import METHODS
+from rlexit.contenders import LOOP, ORT, PREDICT, RUNTIMES, Absent, Entry, batched, looping, single
 from rlexit.domain import Publisher
 from rlexit.evaluate import method_name
 from rlexit.exit_policy import ExitPolicy
-from rlexit.export import export, need, server_of
+from rlexit.export import export, need
 from rlexit.graphs import ExportError
 from rlexit.machine import describe
 from rlexit.network import StagedNetwork
@@ -42,13 +44,16 @@ from rlexit.session import (
     plain_teacher,
     weights_hash,
 )
+from rlexit.summary import points
 
 FORMATS = ("onnx", "onnx-if", "sb3")
 TEACHERS = "teacher"
-EAGER, PREDICT, ORT = "torch eager", "sb3 predict", "onnxruntime"
 # An exit with this threshold is built and nobody leaves there, whatever the rule.
 NOBODY = 1e30
 HELD_OUT = 2000
+BATCHES = (64, 256)
+# Calls per batch size and repeat.
+CALLS = 5
 
 
 def subject(session: Session, method: str, label: str | None) -> tuple[StagedNetwork, ExitPolicy]:
@@ -156,8 +161,19 @@ def _rows(session: Session, network: StagedNetwork, policy: ExitPolicy, count: i
 # ---- bench ----
 
 
-def bench(session: Session, method: str, label: str | None, count: int, repeats: int) -> Path:
-    """Times single decisions on one thread: the plain network, every exit, and the mix of exits that was evaluated.
+def bench(
+    session: Session,
+    method: str,
+    label: str | None,
+    count: int,
+    repeats: int,
+    runtimes: Sequence[str] = tuple(RUNTIMES),
+    batches: Sequence[int] = BATCHES,
+) -> Path:
+    """Times decisions: the plain network, every exit, the mix of exits that was evaluated, and small static networks.
+
+    Single decisions run on one thread, alone and in the loop with the world where the domain has one; batches on all
+    the threads that torch has.
 
     Args:
         session: the run.
@@ -165,43 +181,83 @@ def bench(session: Session, method: str, label: str | None, count: int, repeats:
         label: of the exit policy whose mix is timed; see `subject`.
         count: decisions per contender and repeat.
         repeats: contenders take turns so often.
+        runtimes: of `RUNTIMES`; one that cannot take part is told with the reason.
+        batches: rows per call, besides single ones.
     Returns:
-        Path of `latency.csv`; `bench.json` beside it has means, spreads, exit shares, load and versions.
+        Path of `latency.csv`; beside it `bench.json` has means, spreads, exit shares, load and versions, and
+        `latency.svg` sets latency against the metric where the run was evaluated.
+    Raises:
+        LookupError: a runtime is unknown.
     """
     if method == TEACHERS or (method in METHODS and METHODS[method].static):
         raise ExportError(f"`--method` must be one with exits, got {method}. Use --methods ztw.")
+    for name in runtimes:
+        if name not in RUNTIMES:
+            raise unknown("--runtimes", name, RUNTIMES)
     network, policy = subject(session, method, label)
-    teacher, whole = subject(session, TEACHERS, None)
     hold(session.root)
-    held = _rows(session, network, policy, HELD_OUT)
+    held = _rows(session, network, policy, max((HELD_OUT, *batches)))
     left = np.concatenate([run(network, policy, part).exits.numpy() for part in held.split(256)])
     shares, source = _recorded_mix(session, method, policy)
     if not shares:
         shares, source = [float((left == exit).mean()) for exit in range(network.exits)], "held-out rows"
-    rows = held.numpy()[mixed(left, shares, count)]
-    operating: dict[str, ExitPolicy] = {}
+    taken = [mixed(left, shares, max(count, CALLS * size), seed=index) for index, size in enumerate((1, *batches))]
+    rows = held.numpy()[taken[0][:count]]
+    stacks = [
+        held.numpy()[part[: CALLS * size]].reshape(CALLS, size, *held.shape[1:])
+        for part, size in zip(taken[1:], batches, strict=True)
+    ]
+    entries = _entries(session, method, network, policy)
+    absent: dict[str, str] = {}
+    contenders: list[Contender] = []
+    timings: list[Timing] = []
+    threads, load = torch.get_num_threads(), os.getloadavg()
+    with ExitStack() as worlds:
+
+        def gather(make: Callable[[str], list[Contender]]) -> list[Contender]:
+            found: list[Contender] = []
+            for name in runtimes:
+                try:
+                    found += make(name) if name not in absent else []
+                except Absent as reason:
+                    absent[name] = str(reason)
+            return found
+
+        torch.set_num_threads(1)
+        try:
+            domain = session.domain
+            alone = gather(lambda name: single(name, entries, domain, rows))
+            alone += gather(lambda name: looping(name, entries, domain, rows, worlds))
+            contenders, timings = [*alone], measure(alone, repeats)
+            torch.set_num_threads(threads)
+            for stack, size in zip(stacks, batches, strict=True):
+                group = gather(partial(batched, entries=entries, domain=domain, rows=stack, size=size, threads=threads))
+                contenders, timings = contenders + group, timings + measure(group, repeats)
+        finally:
+            torch.set_num_threads(threads)
+    if not contenders:
+        raise ExportError(f"`--runtimes` must name one that is here, got {absent}. Install an extra, or name others.")
+    for name, reason in absent.items():
+        session.console.print(f"bench      {RUNTIMES[name]}: not measured ({reason})")
+    folder = session.method(method) / "bench"
+    facts = {"repeats": repeats, "rows": count, "load_before": load, "load_after": os.getloadavg(), "absent": absent}
+    facts |= {"mix": {"policy": policy.label, "shares": shares, "source": source}, "made": environment()}
+    return _keep(session, folder, contenders, timings, facts, policy.label)
+
+
+def _entries(session: Session, method: str, network: StagedNetwork, policy: ExitPolicy) -> list[Entry]:
+    """The full network, the mix, every exit, and the static networks of this run and seed."""
+    teacher, whole = subject(session, TEACHERS, None)
+    found = [Entry(TEACHERS, "full", teacher, whole), Entry(method, policy.label, network, policy, mix=True)]
     for exit in range(network.exits):
         limits = [-math.inf if early == exit else NOBODY for early in range(network.exits - 1)]
         name = f"exit {exit}" if exit < network.exits - 1 else "nothing leaves"
-        operating[name] = ExitPolicy(policy.rule, tuple(limits), name)
-    operating.pop(policy.label, None)
-    operating[policy.label] = policy  # the last one is that whose mix is timed
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        contenders = _eager(session, method, network, operating, teacher, whole, rows)
-        if util.find_spec("onnxruntime") is not None and util.find_spec("onnx") is not None:
-            contenders += _served(session, method, network, operating, teacher, whole, rows)
-        else:
-            session.console.print("bench      no onnxruntime rows: pip install 'rlexit[export]'")
-        load = os.getloadavg()
-        timings = measure(contenders, repeats)
-    finally:
-        torch.set_num_threads(threads)
-    folder = session.method(method) / "bench"
-    facts = {"repeats": repeats, "rows": count, "load_before": load, "load_after": os.getloadavg()}
-    facts |= {"mix": {"policy": policy.label, "shares": shares, "source": source}, "made": environment()}
-    return _keep(session, folder, contenders, timings, facts, policy.label)
+        if name != policy.label:
+            found.append(Entry(method, name, network, ExitPolicy(policy.rule, tuple(limits), name)))
+    done = "static" in METHODS and checkpoint.exists(session.method("static"), POLICY)
+    for name, small in (load_network(session, "static") if done else {}).items():
+        found.append(Entry("static", name, small, ExitPolicy.full(1)))
+    return found
 
 
 def _recorded_mix(session: Session, method: str, policy: ExitPolicy) -> tuple[list[float], str]:
@@ -220,59 +276,6 @@ def _recorded_mix(session: Session, method: str, policy: ExitPolicy) -> tuple[li
     return [float(share) for share in shares], f"{len(played)} test episodes"
 
 
-def _eager(
-    session: Session,
-    method: str,
-    network: StagedNetwork,
-    operating: dict[str, ExitPolicy],
-    teacher: StagedNetwork,
-    whole: ExitPolicy,
-    rows: np.ndarray,
-) -> list[Contender]:
-    def ask(asked: StagedNetwork, policy: ExitPolicy) -> Callable[[np.ndarray], object]:
-        return lambda row: run(asked, policy, torch.from_numpy(row)[None]).answers.argmax(dim=1).item()
-
-    found = [Contender(TEACHERS, "full", EAGER, ask(teacher, whole), rows)]
-    found += [Contender(method, name, EAGER, ask(network, policy), rows) for name, policy in operating.items()]
-    for name, small in _small(session).items():
-        found.append(Contender("static", name, EAGER, ask(small, ExitPolicy.full(1)), rows))
-    if isinstance(session.domain, Publisher):
-        policy = list(operating.values())[-1]
-        for which, asked, under in ((TEACHERS, teacher, whole), (method, network, policy)):
-            found.append(Contender(which, under.label, PREDICT, session.domain.predictor(asked, under), rows))
-    return found
-
-
-def _served(
-    session: Session,
-    method: str,
-    network: StagedNetwork,
-    operating: dict[str, ExitPolicy],
-    teacher: StagedNetwork,
-    whole: ExitPolicy,
-    rows: np.ndarray,
-) -> list[Contender]:
-    checked = torch.from_numpy(rows)
-    found = [Contender(TEACHERS, "full", ORT, server_of(teacher, whole, checked).act, rows)]
-    policy = list(operating.values())[-1]
-    server = server_of(network, policy, checked)
-    open_exits = {stage.exit for stage in server.stages}
-    for name, point in operating.items():
-        # An exit that the policy closes has no stage of its own to leave after.
-        if name.startswith("exit ") and int(name[5:]) not in open_exits:
-            continue
-        found.append(Contender(method, name, ORT, server.with_thresholds(point.thresholds).act, rows))
-    for name, small in _small(session).items():
-        found.append(Contender("static", name, ORT, server_of(small, ExitPolicy.full(1), checked).act, rows))
-    return found
-
-
-def _small(session: Session) -> dict[str, StagedNetwork]:
-    """The distilled static networks of this run and seed, if there are any."""
-    done = "static" in METHODS and checkpoint.exists(session.method("static"), POLICY)
-    return load_network(session, "static") if done else {}
-
-
 def _keep(
     session: Session,
     folder: Path,
@@ -281,45 +284,82 @@ def _keep(
     facts: dict[str, Any],
     label: str,
 ) -> Path:
-    """Writes and prints what was measured."""
+    """Writes, draws and prints what was measured."""
     task, machine = session.domain.task, describe()
+    pairs = list(zip(contenders, timings, strict=True))
     rows = [
-        LatencyRow(task, one.method, session.seed, one.label, 1, timing.p50, timing.p95, 1, one.runtime, machine)
-        for one, timing in zip(contenders, timings, strict=True)
+        LatencyRow(
+            *(task, one.method, session.seed, one.label, one.batch),
+            *(timing.p50, timing.p95, one.threads, one.runtime, machine),
+        )
+        for one, timing in pairs
     ]
-    by_name = {(one.runtime, one.label): timing for one, timing in zip(contenders, timings, strict=True)}
-    base = ORT if (ORT, "full") in by_name else EAGER
-    full = by_name[base, "full"]
-    table = Table("runtime", "method", "leaving at", "p50 µs", "p95 µs", "mean µs", "p50 of repeats", f"x {base} full")
+    by_name = {(one.runtime, one.label, one.batch): timing for one, timing in pairs}
+    table = Table(
+        "runtime", "batch", "method", "leaving at", "p50 µs", "p95 µs", "mean µs", "p50 of repeats", "rows/s", "x full"
+    )
     measured = []
-    for one, timing in zip(contenders, timings, strict=True):
-        spread = f"{timing.low:.0f}..{timing.high:.0f}"
-        cells = (f"{timing.p50:.1f}", f"{timing.p95:.1f}", f"{timing.mean:.1f}", spread, f"{timing.p50 / full.p50:.2f}")
-        table.add_row(one.runtime, one.method, one.label, *cells)
-        names = {"runtime": one.runtime, "method": one.method, "label": one.label}
-        measured.append({**names, **dataclasses.asdict(timing)})
+    for one, timing in pairs:
+        full = by_name.get((one.runtime, "full", one.batch))
+        against = f"{timing.mean / full.mean:.2f}" if full else ""
+        rate = one.batch / timing.mean * 1e6
+        cells = (f"{timing.p50:.1f}", f"{timing.p95:.1f}", f"{timing.mean:.1f}", f"{timing.low:.0f}..{timing.high:.0f}")
+        table.add_row(one.runtime, str(one.batch), one.method, one.label, *cells, f"{rate:,.0f}", against)
+        names = {"runtime": one.runtime, "method": one.method, "label": one.label, "batch": one.batch}
+        measured.append({**names, "threads": one.threads, **dataclasses.asdict(timing), "rows_per_second": rate})
     session.console.print(table)
-    mix = {"speed_up": full.mean / by_name[base, label].mean, **_expected(by_name, facts, base)}
-    told = f"mix        {label} ({facts['mix']['source']}): {mix['speed_up']:.2f} times the speed of the full network"
-    if "predicted" in mix:
-        told += f", its exits predict {mix['predicted']:.2f}"
-    if (PREDICT, label) in by_name:
-        mix["over_predict"] = by_name[PREDICT, label].mean / by_name[base, label].mean
-        told += f"; {mix['over_predict']:.1f} times that of {PREDICT}"
+    singles = {(runtime, name): timing for (runtime, name, batch), timing in by_name.items() if batch == 1}
+    base = ORT if (ORT, "full") in singles else contenders[0].runtime
+    ratios = _ratios(singles, facts, base, label)
+    told = (
+        f"mix        {label} ({facts['mix']['source']}): {ratios['speed_up']:.2f} times the speed of the full network"
+    )
+    if "predicted" in ratios:
+        told += f", its exits predict {ratios['predicted']:.2f}"
+    if "over_predict" in ratios:
+        told += f"; {ratios['over_predict']:.1f} times that of {PREDICT}"
     session.console.print(f"{told} ({base}, means)")
     path = folder / "latency.csv"
     write_rows(path, rows)
-    checkpoint.write_atomic(
-        folder / "bench.json", json.dumps({**facts, "ratios": mix, "measured": measured}, indent=2).encode()
-    )
+    written = json.dumps({**facts, "ratios": ratios, "measured": measured}, indent=2)
+    checkpoint.write_atomic(folder / "bench.json", written.encode())
+    if dots := _dots(session, pairs):
+        # matplotlib is slow to import, and nobody else here draws.
+        from rlexit import benchplot, plots
+
+        plots.save(benchplot.latency(dots, session.domain.metric, task), folder, "latency")
     return path
 
 
-def _expected(by_name: dict[tuple[str, str], Timing], facts: dict[str, Any], base: str) -> dict[str, float]:
-    """The speed-up that the times of the single exits predict for the mix; {} where one was not timed."""
+def _dots(session: Session, pairs: Sequence[tuple[Contender, Timing]]) -> list[Dot]:
+    """Single decisions of what was evaluated, with what it was worth."""
+    folders = [session.teacher, *(session.method(name) for name in METHODS)]
+    paths = [path for folder in folders if (path := folder / "eval" / "episodes.csv").is_file()]
+    worth = {
+        (point.method, point.label): point.value for point in points([row for path in paths for row in read_rows(path)])
+    }
+    dots = []
+    for one, timing in pairs:
+        value = worth.get((one.method, one.label))
+        if one.batch == 1 and not one.runtime.endswith(LOOP) and value is not None:
+            dots.append(Dot(one.method, one.label, one.runtime, timing.mean, value.mean, value.low, value.high))
+    return dots
+
+
+def _ratios(
+    singles: Mapping[tuple[str, str], Timing], facts: dict[str, Any], base: str, label: str
+) -> dict[str, float]:
+    """Speed-ups of the mix: over the full network, what its single exits predict for it, and over SB3's `predict`."""
+    full, mix = singles[base, "full"].mean, singles[base, label].mean
+    found = {"speed_up": full / mix}
     shares = facts["mix"]["shares"]
     names = [*(f"exit {exit}" for exit in range(len(shares) - 1)), "nothing leaves"]
-    if any(share and (base, name) not in by_name for share, name in zip(shares, names, strict=True)):
-        return {}
-    spent = sum(share * by_name[base, name].mean for share, name in zip(shares, names, strict=True) if share)
-    return {"predicted": by_name[base, "full"].mean / spent}
+    if all((base, name) in singles for share, name in zip(shares, names, strict=True) if share):
+        spent = sum(share * singles[base, name].mean for share, name in zip(shares, names, strict=True) if share)
+        found["predicted"] = full / spent
+    if (PREDICT, label) in singles:
+        found["over_predict"] = singles[PREDICT, label].mean / mix
+    loop = base + LOOP
+    if (loop, label) in singles:
+        found["loop"] = singles[loop, "full"].mean / singles[loop, label].mean
+    return found

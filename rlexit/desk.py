@@ -229,7 +229,10 @@ def _bench(session: Session, options: argparse.Namespace) -> None:
         if getattr(options, name) < 1:
             raise ValueError(f"`--{name}` must be at least 1, got {getattr(options, name)}.")
     method = _with_exits(session, options.method)
-    path = deploy.bench(session, method, options.policy, options.rows, options.repeats)
+    if min(options.batches, default=1) < 1:
+        raise ValueError(f"`--batches` must be at least 1, got {options.batches}.")
+    sizes = [size for size in dict.fromkeys(options.batches) if size > 1]
+    path = deploy.bench(session, method, options.policy, options.rows, options.repeats, options.runtimes, sizes)
     session.console.print(f"bench      {path}")
 
 

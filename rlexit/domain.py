@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
@@ -243,5 +244,17 @@ class Dissecting(Protocol):
             watch: stop and progress.
         Raises:
             Stopped: `watch` says so; a later call starts over.
+        """
+        ...
+
+
+@runtime_checkable
+class Looping(Protocol):
+    """A domain whose actions lead to what is observed next, so that its loop of deciding and acting can be timed whole."""
+
+    def world(self, episode: int) -> AbstractContextManager[Callable[[int | None], np.ndarray]]:
+        """Opens a world: from None to the first observation (...) of a calibration episode, from an action to the next.
+
+        Where an episode ends, the next one begins by itself.
         """
         ...

@@ -15,7 +15,7 @@ from agents.importers import read_sb3_policy
 from rlexit import checkpoint, deploy, serve
 from rlexit.checkpoint import CheckpointError
 from rlexit.config import HeadConfig
-from rlexit.domain import Publisher
+from rlexit.domain import Looping, Publisher
 from rlexit.ensembles import ensembles
 from rlexit.exit_policy import ExitPolicy
 from rlexit.export import export
@@ -85,3 +85,15 @@ def test_nature_cnn_with_ztw_s_heads_is_served_as_it_runs(tmp_path, rule):
     wanted, server = run(network, policy, rows), serve.load(tmp_path / "export")
     np.testing.assert_array_equal(server.act(FRAMES)[1], wanted.exits.numpy())
     np.testing.assert_array_equal([server.act(row)[0] for row in FRAMES], wanted.answers.argmax(dim=1).numpy())
+
+
+def test_a_world_is_a_calibration_game_that_goes_on_by_itself():
+    domain = AgentsDomain(CONFIG)
+    assert isinstance(domain, Looping)
+    with domain.world(0) as step, domain.world(0) as other:
+        first = step(None)
+        assert (first.shape, first.dtype) == ((4, 84, 84), np.uint8)
+        np.testing.assert_array_equal(first, other(None))
+        for action in [0, 2, 3] * 20:  # a game of this config is over after 40 steps
+            np.testing.assert_array_equal(step(action), other(action))
+        assert not np.array_equal(step(2), first)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlexit import bench, checkpoint, deploy, exported, serve, verbs
+from rlexit import bench, checkpoint, contenders, deploy, exported, serve, verbs
 from rlexit.cli import main
 from rlexit.domain import Watch
 from rlexit.exit_policy import ExitPolicy
@@ -171,32 +171,78 @@ def recorded(session: Session, policy: ExitPolicy, shares: tuple[float, ...]) ->
     write_rows(session.method("ztw") / "eval" / "episodes.csv", [row])
 
 
+TIMED = ("bench", "runs/toy", "--threads", "1", "--rows", "8", "--repeats", "2", "--runtimes")
+
+
 def test_bench_times_every_exit_and_the_recorded_mix(say, root):
     session = toy.session(root)
     recorded(session, deploy.subject(session, "ztw", None)[1], (0.75, 0.25, 0.0))
-    code, out, err = say("bench", "runs/toy", "--threads", "1", "--rows", "8", "--repeats", "2")
+    code, out, err = say(*TIMED, "eager", "onnxruntime", "--batches", "4")
     assert (code, err) == (0, "")
     rows = read_latency(root / "ztw" / "s0" / "bench" / "latency.csv")
-    found = {(row.runtime, row.method, row.label) for row in rows}
+    found = {(row.runtime, row.method, row.label, row.batch) for row in rows}
     points = {("ztw", label) for label in ("exit 0", "exit 1", "nothing leaves", LABEL)}
     small = {("static", "width 0.5"), ("static", "width 0.25")}
-    for runtime in (deploy.EAGER, deploy.ORT):
-        assert {(runtime, *point) for point in {("teacher", "full"), *points, *small}} <= found
-    assert {(row.batch, row.threads) for row in rows} == {(1, 1)}
+    for runtime in (contenders.EAGER, contenders.ORT):
+        for batch in (1, 4):
+            assert {(runtime, *point, batch) for point in {("teacher", "full"), *points, *small}} <= found
+        for point in (("teacher", "full"), ("ztw", LABEL)):
+            assert (runtime + contenders.LOOP, *point, 1) in found
+    assert {row.threads for row in rows} == {1}
     facts = json.loads((root / "ztw" / "s0" / "bench" / "bench.json").read_bytes())
     assert facts["mix"] == {"policy": LABEL, "shares": [0.75, 0.25, 0.0], "source": "1 test episodes"}
     assert "mix        target_macs=0.8 (1 test episodes):" in out
-    assert facts["ratios"]["predicted"] > 0
+    assert {"speed_up", "predicted", "loop"} == set(facts["ratios"])
+    assert all(one["rows_per_second"] > 0 for one in facts["measured"])
+    assert (root / "ztw" / "s0" / "bench" / "latency.svg").read_text().startswith("<?xml")
 
 
-def test_bench_without_onnxruntime_times_torch_and_names_the_extra(say, root, monkeypatch):
+def test_bench_says_why_a_runtime_is_not_there(say, root, monkeypatch):
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == "onnxruntime" else real(name))
-    code, out, _ = say("bench", "runs/toy", "--threads", "1", "--rows", "4", "--repeats", "1")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *_: None if name in ("onnxruntime", "openvino") else real(name)
+    )
+
+    def fails(*_, **__):
+        raise RuntimeError("no compiler\nfound")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: setattr(self, "_compiled_call_impl", fails))
+    code, out, _ = say(*TIMED, "eager", "compiled", "predict", "onnxruntime", "openvino", "--batches")
     assert code == 0
-    assert "no onnxruntime rows: pip install 'rlexit[export]'" in out
+    assert "onnxruntime: not measured (not installed: pip install 'rlexit[export]')" in out
+    assert "openvino: not measured (not installed: pip install 'rlexit[openvino,export]')" in out
+    assert "torch compiled: not measured (torch.compile does not work here: no compiler found.)" in out
+    assert "sb3 predict: not measured (alpha is nothing that SB3 asks)" in out
     assert "(held-out rows)" in out
-    assert {row.runtime for row in read_latency(root / "ztw" / "s0" / "bench" / "latency.csv")} == {deploy.EAGER}
+    rows = read_latency(root / "ztw" / "s0" / "bench" / "latency.csv")
+    assert {row.runtime for row in rows} == {contenders.EAGER, contenders.EAGER + contenders.LOOP}
+    facts = json.loads((root / "ztw" / "s0" / "bench" / "bench.json").read_bytes())
+    assert set(facts["absent"]) == {"compiled", "predict", "onnxruntime", "openvino"}
+
+
+@pytest.mark.slow
+def test_bench_times_what_torch_compiles(say, root):
+    code, out, _ = say(*TIMED, "eager", "compiled", "--batches", "4")
+    assert code == 0
+    rows = read_latency(root / "ztw" / "s0" / "bench" / "latency.csv")
+    assert contenders.COMPILED in {row.runtime for row in rows} or "torch.compile does not work here" in out
+
+
+def test_bench_refuses_a_runtime_that_it_does_not_know(say):
+    assert "`--runtimes` must be a known name, got 'tensorrt'" in refusal(say(*TIMED, "tensorrt"))
+    assert "`--batches` must be at least 1" in refusal(say(*TIMED, "eager", "--batches", "0"))
+
+
+def test_each_contender_of_the_loop_acts_in_a_world_of_its_own(root):
+    session = toy.session(root)
+    deploy.bench(session, "ztw", None, 4, 1, ("eager",), ())
+    worlds = session.domain.worlds
+    assert len(worlds) == 2
+    for steps in worlds:
+        assert steps[0] is None
+        assert steps[-1] == -1
+        assert set(steps[1:-1]) <= {None, *range(toy.ACTIONS)}
+        assert len(steps) > 4
 
 
 def test_bench_wants_a_method_with_exits(say):

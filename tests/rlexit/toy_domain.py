@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -164,6 +165,7 @@ class ToyDomain:
         self.task = config.env.game
         self.played: list[tuple[Split, int, int]] = []
         self.collected = 0
+        self.worlds: list[list[int | None]] = []
 
     def protocol(self) -> dict[str, Any]:
         return {"game": self.task, "noise": self.config.env.noise}
@@ -246,6 +248,22 @@ class ToyDomain:
         if watch.stop():
             raise Stopped
         return torch.cat([observations(FIRST_SEED["calibration"] + episode)[0] for episode in range(16)])
+
+    @contextmanager
+    def world(self, episode: int) -> Iterator[Callable[[int | None], np.ndarray]]:
+        seen, at = observations(FIRST_SEED["calibration"] + episode)[0].numpy(), iter(())
+        steps: list[int | None] = []
+        self.worlds.append(steps)
+
+        def step(action: int | None) -> np.ndarray:
+            nonlocal at
+            steps.append(action)
+            at = iter(seen) if action is None else at
+            found = next(at, None)
+            return step(None) if found is None else found
+
+        yield step
+        steps.append(-1)
 
     def play(
         self,
