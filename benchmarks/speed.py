@@ -1,11 +1,12 @@
-"""Speed as ratios, both sides in one run: `python benchmarks/speed.py [training distill batched evaluation] [--repeats 3]`.
+"""Speed as ratios, both sides in one run: `python benchmarks/speed.py [training batched served ...] [--repeats 3]`.
 
 training    our PPO against stock stable-baselines3 (`make_atari_env` + `VecFrameStack` + `CnnPolicy`), equal settings
 distill     collecting + training both heads (5 epochs) against our own PPO
 batched     real execution of a batch of 64 and 256 against the plain network in its faster memory layout
+served      the same in onnxruntime: an export against the plain network, whole batches or blocks, whichever is faster
 evaluation  wall time of 10 thresholds x 10 Pong games
 
-The last two use exits distilled from the shipped Pong teacher, on frames that the exiting actor meets. Each figure is a
+The last three use exits distilled from the shipped Pong teacher, on frames that the exiting actor meets. Each figure is a
 median over alternating repeats, with the smallest and largest. Run it with nothing beside it.
 """
 
@@ -40,8 +41,10 @@ from rlexit.costs import cost_table
 from rlexit.distill import Distiller
 from rlexit.ensembles import ensembles
 from rlexit.exit_policy import ExitPolicy
+from rlexit.export import server_of
 from rlexit.network import StagedNetwork
 from rlexit.runtime import run
+from rlexit.serve import Server
 from rlexit.students import ExitStudent
 
 GAME = EnvConfig(game="pong")
@@ -185,9 +188,10 @@ def plain(network: StagedNetwork, layout: torch.memory_format) -> Callable[[torc
     return call
 
 
-def batched(options: argparse.Namespace) -> None:
+@functools.cache
+def met() -> torch.Tensor:
+    """Frames of Pong that the exiting actor meets."""
     network = exiting()
-    costs = cost_table(network, torch.zeros((1, 4, 84, 84), dtype=torch.uint8))
     decide = rollouts.exiting(network, [ExitPolicy.full(network.exits)])
     jobs = [rollouts.Job(0, episode, episode) for episode in range(32)]
     frames: list[np.ndarray] = []
@@ -200,27 +204,77 @@ def batched(options: argparse.Namespace) -> None:
         stop=lambda: len(frames) >= 400,
     )
     list(playing)
-    observations = torch.from_numpy(np.concatenate(frames[8::8]))
-    scores = score_rows(network, "confidence", observations, costs)
+    return torch.from_numpy(np.concatenate(frames[8::8]))
+
+
+def operating(network: StagedNetwork) -> list[ExitPolicy]:
+    """Mixes of exits between leaving at once and paying for all heads."""
+    costs = cost_table(network, met()[:1])
+    scores = score_rows(network, "confidence", met(), costs)
+    return [shared_policy("confidence", solve_macs(scores, target), 3) for target in (0.4, 0.5, 0.65, 0.85, 1.04)]
+
+
+def against(batch: int, relative: float, found: dict[str, list[float]], references: Sequence[str], what: str) -> None:
+    """One line of a table: what `real` took, against the fastest of its references."""
+    fastest = min(references, key=lambda name: statistics.median(found[name]))
+    ratios = [real / full for real, full in zip(found["real"], found[fastest], strict=True)]
+    efficiency = [relative / ratio for ratio in ratios]
+    print(
+        f"| {what}, batch {batch}, relative MACs {relative:.3f} | time / full ({fastest}) {spread(ratios, 3)} "
+        f"| MACs ratio / time ratio {spread(efficiency, 2)} (at least 0.85) |",
+        flush=True,
+    )
+
+
+def chosen(batch: int) -> torch.Tensor:
+    return met()[torch.randperm(len(met()), generator=torch.Generator().manual_seed(0))[:batch]]
+
+
+def batched(options: argparse.Namespace) -> None:
+    network = exiting()
+    full = cost_table(network, met()[:1]).full
     for batch in (64, 256):
-        rows = observations[torch.randperm(len(observations), generator=torch.Generator().manual_seed(0))[:batch]]
+        rows = chosen(batch)
         layouts = {name: plain(network, layout) for name, layout in LAYOUTS.items()}
-        policies = [
-            shared_policy("confidence", solve_macs(scores, target), 3) for target in (0.4, 0.5, 0.65, 0.85, 1.04)
-        ]
-        for policy in [*policies, ExitPolicy.full(network.exits)]:
-            relative = float(run(network, policy, rows).macs.float().mean()) / costs.full
+        for policy in [*operating(network), ExitPolicy.full(network.exits)]:
+            relative = float(run(network, policy, rows).macs.float().mean()) / full
             sides = {name: partial(seconds, partial(call, rows), options.calls) for name, call in layouts.items()}
             sides["real"] = partial(seconds, partial(run, network, policy, rows), options.calls)
-            found = alternate(sides, 3 * options.repeats)
-            fastest = min(layouts, key=lambda name: statistics.median(found[name]))
-            ratios = [real / full for real, full in zip(found["real"], found[fastest], strict=True)]
-            efficiency = [relative / ratio for ratio in ratios]
-            print(
-                f"| batch {batch}, relative MACs {relative:.3f} | time / full ({fastest}) {spread(ratios, 3)} "
-                f"| MACs ratio / time ratio {spread(efficiency, 2)} (at least 0.85) |",
-                flush=True,
-            )
+            against(batch, relative, alternate(sides, 3 * options.repeats), list(layouts), "torch")
+
+
+def served(options: argparse.Namespace) -> None:
+    """Both sides on one thread, and dealt to all of them."""
+    network, whole = exiting(), student_backbone()
+    full = cost_table(network, met()[:1]).full
+    policies = operating(network)
+    checked = met()[:64]
+    for threads in sorted({1, torch.get_num_threads()}):
+        base = server_of(network, policies[0], checked, threads)
+        backbone = server_of(whole, ExitPolicy.full(1), checked, threads)
+        for batch in (64, 256):
+            rows = chosen(batch).numpy()
+
+            def blocks(size: int, rows: np.ndarray = rows, server: Server = backbone) -> None:
+                for start in range(0, len(rows), size):
+                    server.run(rows[start : start + size])
+
+            sizes = sorted({16 * threads, 64, batch})
+            for policy in policies:
+                relative = float(run(network, policy, torch.from_numpy(rows)).macs.float().mean()) / full
+                sides = {f"blocks of {size}": partial(seconds, partial(blocks, size), options.calls) for size in sizes}
+                real = base.with_thresholds(policy.thresholds)
+                sides["real"] = partial(seconds, partial(real.run, rows), options.calls)
+                found = alternate(sides, 3 * options.repeats)
+                against(batch, relative, found, list(sides)[:-1], f"onnxruntime, {threads} threads")
+
+
+def student_backbone() -> StagedNetwork:
+    """The plain full network with the weights of `exiting`."""
+    network = nature_network(ACTIONS)
+    own = exiting().state_dict()
+    network.load_state_dict({key: own[key] for key in network.state_dict()})
+    return network.eval()
 
 
 def evaluation(options: argparse.Namespace) -> None:
@@ -237,7 +291,7 @@ def evaluation(options: argparse.Namespace) -> None:
     )
 
 
-PARTS = {"training": training, "distill": distill, "batched": batched, "evaluation": evaluation}
+PARTS = {"training": training, "distill": distill, "batched": batched, "served": served, "evaluation": evaluation}
 
 
 def main() -> None:

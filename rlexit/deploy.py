@@ -128,7 +128,7 @@ def export_method(session: Session, method: str, kind: str, label: str | None, t
         f" (at most {parity['furthest']:.1e} from the threshold), probabilities within {parity['answers']:.1e}"
     )
     if parity["rows"] < count:
-        out.print(f"parity     fewer rows than the {count} asked for: the calibration games were over")
+        out.print(f"parity     fewer rows than the {count} asked for: there are no more of them")
     return target
 
 
@@ -154,7 +154,10 @@ def _rows(session: Session, network: StagedNetwork, policy: ExitPolicy, count: i
         rows = session.domain.rows(network, policy, count, watch)
         if len(rows) < count:
             more = session.domain.rows(network, ExitPolicy.full(network.exits), count - len(rows), watch)
-            rows = torch.cat([rows, more[: count - len(rows)]])
+            # A domain whose held-out rows are a fixed set has no others.
+            known = {hash(row.numpy().tobytes()) for row in rows}
+            fresh = [row for row in more if hash(row.numpy().tobytes()) not in known]
+            rows = torch.cat([rows, torch.stack(fresh)[: count - len(rows)]]) if fresh else rows
     return rows
 
 
