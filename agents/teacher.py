@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import time
 from collections import deque
@@ -17,7 +18,8 @@ from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import KVWriter, Logger
 from stable_baselines3.common.policies import ActorCriticCnnPolicy
 from stable_baselines3.common.utils import LinearSchedule
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from agents.config import EnvConfig, PPOConfig
 from agents.envs import AtariVecEnv, protocol
@@ -27,19 +29,44 @@ from rlexit.runlog import RunLog
 
 STATE = "state"
 TEACHER = "teacher"
+WHITE = 255
 
 
 class MixedPrecisionCnnPolicy(ActorCriticCnnPolicy):
-    """SB3's `CnnPolicy` whose feature extractor runs in bfloat16 autocast; heads, losses and weights stay float32.
+    """SB3's `CnnPolicy` whose feature extractor runs in bfloat16; heads, losses and weights stay float32.
 
-    Acting and updating use the same precision, so the first update's probability ratio is 1.
+    Frames of 0 to 255 are exact in bfloat16, and the division by 255 is done to the weights that read them: the first
+    convolution of the extractor. Acting reads a bfloat16 copy of the weights that is made once per rollout, where autocast
+    would make one at every step. Acting and updating agree to the bit, so the first update's probability ratio is 1.
     """
 
     def extract_features(self, obs: Any, features_extractor: Any = None) -> Tensor:
         """(B, 4, 84, 84) uint8 to (B, 512) float32 features."""
         extractor = self.features_extractor if features_extractor is None else features_extractor
+        frames = obs.to(torch.bfloat16)
+        if not torch.is_grad_enabled():
+            return self._lowered(extractor)(frames).float()
         with torch.autocast(obs.device.type, dtype=torch.bfloat16):
-            return extractor(obs.to(torch.bfloat16).div_(255)).float()
+            name, weight = _first_weight(extractor)
+            return functional_call(extractor, {name: weight / WHITE}, (frames,)).float()
+
+    def _lowered(self, extractor: nn.Module) -> nn.Module:
+        """A bfloat16 copy of the extractor, made afresh when a weight has changed."""
+        weights = list(extractor.parameters())
+        state = [(weight.device, weight.data_ptr(), weight._version) for weight in weights]
+        known = self.__dict__.get("_copied")
+        if known is None or known[0] != state:
+            copied = copy.deepcopy(extractor)
+            with torch.no_grad():
+                _first_weight(copied)[1].div_(WHITE)
+            # Not as an attribute that torch knows: it is no part of the policy's state.
+            known = self.__dict__["_copied"] = state, copied.to(torch.bfloat16)
+        return known[1]
+
+
+def _first_weight(extractor: nn.Module) -> tuple[str, nn.Parameter]:
+    """Name and weight of the convolution that reads the frames."""
+    return next((f"{name}.weight", one.weight) for name, one in extractor.named_modules() if isinstance(one, nn.Conv2d))
 
 
 class _Writer(KVWriter):

@@ -1,7 +1,8 @@
 """Speed as ratios, both sides in one run: `python benchmarks/speed.py [training batched served ...] [--repeats 3]`.
 
 training    our PPO against stock stable-baselines3 (`make_atari_env` + `VecFrameStack` + `CnnPolicy`), equal settings
-distill     collecting + training both heads (5 epochs) against our own PPO
+distill     collecting + training both heads (5 epochs) against our own PPO and against the bare emulators
+saving      what checkpoints cost, of PPO and of distillation
 batched     real execution of a batch of 64 and 256 against the plain network in its faster memory layout
 served      the same in onnxruntime: an export against the plain network, whole batches or blocks, whichever is faster
 evaluation  wall time of 10 thresholds x 10 Pong games
@@ -130,7 +131,7 @@ def student() -> StagedNetwork:
     return network
 
 
-def distilling(network: StagedNetwork, samples: int) -> float:
+def distilling(network: StagedNetwork, samples: int, n_envs: int = 16, game: EnvConfig = GAME) -> float:
     """Samples per second of collecting and training, after one buffer that is not counted."""
     config = DistillConfig(steps=samples, ensemble_steps=2_048)
     began: list[float] = []
@@ -140,7 +141,7 @@ def distilling(network: StagedNetwork, samples: int) -> float:
             began.append(time.perf_counter())
 
     def batches(act, first):
-        return rollouts.collect(GAME, act, 16, 128, first)
+        return rollouts.collect(game, act, n_envs, 2048 // n_envs, first)
 
     with tempfile.TemporaryDirectory() as folder:
         Distiller(ExitStudent(network), batches, config, Path(folder), seed=0, progress=told).run()
@@ -156,16 +157,71 @@ def exiting() -> StagedNetwork:
 
 
 def distill(options: argparse.Namespace) -> None:
-    found = alternate(
-        {"distill": lambda: distilling(copy.deepcopy(student()), 20_480), "training": lambda: ours(PPOConfig())},
-        options.repeats,
-    )
-    ratios = [mine / theirs for mine, theirs in zip(found["distill"], found["training"], strict=True)]
+    sides = {
+        "distill": lambda: distilling(copy.deepcopy(student()), 20_480),
+        "our PPO": lambda: ours(PPOConfig()),
+        "bare emulators": lambda: emulating(4_000),
+    }
+    found = alternate(sides, options.repeats)
+    for other in list(sides)[1:]:
+        ratios = [mine / theirs for mine, theirs in zip(found["distill"], found[other], strict=True)]
+        print(
+            f"| distill, two heads, 5 epochs | {spread(found['distill'])} samples/s | {other} {spread(found[other])} "
+            f"steps/s | ratio {spread(ratios, 2)} |",
+            flush=True,
+        )
+
+
+def emulating(steps: int, n_envs: int = 16) -> float:
+    """Env steps per second of the emulators alone, at random."""
+    env, draws = AtariVecEnv(GAME, n_envs, training=False), np.random.default_rng(0)
+    try:
+        env.seed(0)
+        env.reset()
+        env.step(draws.integers(ACTIONS, size=n_envs))
+        began = time.perf_counter()
+        for _ in range(steps // n_envs):
+            env.step(draws.integers(ACTIONS, size=n_envs))
+        return steps // n_envs * n_envs / (time.perf_counter() - began)
+    finally:
+        env.close()
+
+
+def saving(options: argparse.Namespace) -> None:
+    """Seconds of a checkpoint, as a share of the time from one to the next."""
+    config = PPOConfig()
+    env = AtariVecEnv(GAME, config.n_envs, training=True)
+    model = teacher.build(env, config, seed=0)
+    steps_per_second(model, config.n_envs * config.n_steps)
+    env.close()
+    with tempfile.TemporaryDirectory() as folder:
+
+        def save() -> None:
+            tensors, counters = teacher._state(model)
+            checkpoint.save(Path(folder), teacher.STATE, tensors, {"counters": counters})
+
+        shares = [seconds(save, 1) / config.checkpoint_seconds for _ in range(3 * options.repeats)]
     print(
-        f"| distill, two heads, 5 epochs | {spread(found['distill'])} samples/s | our PPO {spread(found['training'])} "
-        f"steps/s | ratio {spread(ratios, 2)} |",
-        flush=True,
+        f"| saving, PPO | every {config.checkpoint_seconds:g} s | share of the time {spread(shares, 4)} |", flush=True
     )
+    shares = []
+    for _ in range(options.repeats):
+        spent: list[float] = []
+        distiller_save = Distiller._save
+
+        def timed(self: Distiller, save=distiller_save, spent=spent) -> None:
+            spent.append(seconds(lambda: save(self), 1))
+
+        Distiller._save = timed
+        try:
+            # Two checkpoints and the rest of a third segment.
+            samples = 2_048 * 2 * DistillConfig().checkpoint_buffers + 2_048
+            began = time.perf_counter()
+            distilling(copy.deepcopy(student()), samples)
+            shares.append(sum(spent) / (time.perf_counter() - began))
+        finally:
+            Distiller._save = distiller_save
+    print(f"| saving, distillation | {len(spent)} in {samples:,} samples | share {spread(shares, 4)} |", flush=True)
 
 
 def seconds(call: Callable[[], object], calls: int) -> float:
@@ -291,7 +347,14 @@ def evaluation(options: argparse.Namespace) -> None:
     )
 
 
-PARTS = {"training": training, "distill": distill, "batched": batched, "served": served, "evaluation": evaluation}
+PARTS = {
+    "training": training,
+    "distill": distill,
+    "saving": saving,
+    "batched": batched,
+    "served": served,
+    "evaluation": evaluation,
+}
 
 
 def main() -> None:

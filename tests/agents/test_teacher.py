@@ -333,6 +333,47 @@ def test_features_in_half_precision_are_near_those_in_full_and_everything_else_i
     assert all(parameter.dtype == torch.float32 for parameter in half_model.policy.parameters())
 
 
+def half_precision() -> MixedPrecisionCnnPolicy:
+    env = AtariVecEnv(PONG, TINY.n_envs, training=True)
+    try:
+        return build(env, replace(TINY, precision="bf16"), 0).policy  # type: ignore[return-value]
+    finally:
+        env.close()
+
+
+def acted(policy: MixedPrecisionCnnPolicy, frames: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return policy.extract_features(frames)
+
+
+def test_acting_and_updating_see_the_same_features_to_the_bit():
+    policy = half_precision()
+    frames = torch.randint(0, 256, (5, 4, 84, 84), dtype=torch.uint8)
+    assert torch.equal(acted(policy, frames), policy.extract_features(frames).detach())
+
+
+def test_acting_follows_the_weights_however_they_change():
+    policy = half_precision()
+    frames = torch.randint(0, 256, (5, 4, 84, 84), dtype=torch.uint8)
+    first = acted(policy, frames)
+    assert acted(policy, frames) is not first
+    policy.extract_features(frames).square().mean().backward()
+    policy.optimizer.step()
+    stepped = acted(policy, frames)
+    assert not torch.equal(stepped, first)
+    assert torch.equal(stepped, policy.extract_features(frames).detach())
+    policy.load_state_dict(half_precision().state_dict())
+    assert torch.equal(acted(policy, frames), first)
+
+
+def test_the_copy_for_acting_is_no_part_of_the_policy():
+    policy = half_precision()
+    names = set(policy.state_dict())
+    acted(policy, torch.zeros((1, 4, 84, 84), dtype=torch.uint8))
+    assert set(policy.state_dict()) == names
+    assert all(parameter.dtype == torch.float32 for parameter in policy.parameters())
+
+
 @pytest.mark.parametrize("anneal", [False, True])
 def test_rates_fall_only_where_they_are_annealed(anneal):
     env = AtariVecEnv(PONG, TINY.n_envs, training=True)
