@@ -15,6 +15,7 @@ from rlexit.domain import Played
 from rlexit.exit_policy import ExitPolicy, threshold_rows
 from rlexit.network import StagedNetwork
 from rlexit.runtime import RunResult, replay, run
+from rlexit.state import map_tensors
 
 
 class Job(NamedTuple):
@@ -32,17 +33,21 @@ def exiting(network: StagedNetwork, policies: Sequence[ExitPolicy], execution: s
     """Decides with a network whose rows each follow one of several exit policies of one rule.
 
     Args:
-        network: in evaluation mode.
+        network: in evaluation mode; it decides on the device that it is on.
         policies: of one rule.
         execution: `real` does not run later units; `replay` runs all exits and picks afterwards. Both act alike.
     """
     limits = threshold_rows(policies, network.exits)
     shared = len(policies) == 1
     execute = run if execution == "real" else replay
+    device = next(network.parameters()).device
 
     def decide(observations: Tensor, jobs: np.ndarray) -> RunResult:
         thresholds = None if shared else limits[torch.from_numpy(jobs)]
-        return execute(network, policies[0], observations, thresholds=thresholds)
+        result = execute(network, policies[0], observations.to(device), thresholds=thresholds)
+        # Games are played on the CPU, whatever decides.
+        found: RunResult = map_tensors(lambda tensor: tensor.cpu(), result)
+        return found
 
     return decide
 

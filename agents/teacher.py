@@ -40,6 +40,11 @@ class MixedPrecisionCnnPolicy(ActorCriticCnnPolicy):
     would make one at every step. Acting and updating agree to the bit, so the first update's probability ratio is 1.
     """
 
+    def _build(self, lr_schedule: Any) -> None:
+        super()._build(lr_schedule)
+        # A fused optimiser changes weights without counting up their version.
+        self.optimizer.register_step_post_hook(lambda *_: self.__dict__.pop("_copied", None))
+
     def extract_features(self, obs: Any, features_extractor: Any = None) -> Tensor:
         """(B, 4, 84, 84) uint8 to (B, 512) float32 features."""
         extractor = self.features_extractor if features_extractor is None else features_extractor
@@ -64,7 +69,7 @@ class MixedPrecisionCnnPolicy(ActorCriticCnnPolicy):
         return known[1]
 
 
-def _first_weight(extractor: nn.Module) -> tuple[str, nn.Parameter]:
+def _first_weight(extractor: nn.Module) -> tuple[str, Tensor]:
     """Name and weight of the convolution that reads the frames."""
     return next((f"{name}.weight", one.weight) for name, one in extractor.named_modules() if isinstance(one, nn.Conv2d))
 
