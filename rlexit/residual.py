@@ -95,6 +95,10 @@ class ResidualUnit(Unit):
         """Really runs the unit: rows that skip it and channels that are not kept are not computed."""
         if decision is None:
             return self(features), self.macs(features)
+        if len(features) == 1 and decision.channels is None:  # serving, where every operator shows
+            if bool(decision.action):
+                return self.module(features), self.macs(features)
+            return self.skip(features), self.skip_macs(features)
         runs = decision.action > 0
         index = torch.nonzero(runs).flatten()
         macs = torch.where(runs, self.macs(features, decision), self.skip_macs(features))
@@ -148,6 +152,8 @@ class ResidualUnit(Unit):
 
     def _narrow(self, features: Tensor, shortcut: Tensor, keep: Tensor) -> Tensor:
         """Rows with the same channels are computed together, with the weights of these channels alone."""
+        if len(keep) == 1:  # the usual case of serving: nothing to group
+            return self._few(features, shortcut, keep[0])
         masks, group = torch.unique(keep, dim=0, return_inverse=True)
         if len(masks) == 1:
             return self._few(features, shortcut, masks[0])

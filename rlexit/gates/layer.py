@@ -91,6 +91,8 @@ class RecurrentGate(LayerGate):
         if owner:
             self.core = core
         self._shared = (core,)  # a tuple hides it from torch, which would save it once per gate
+        vector = torch.empty((1, HIDDEN), device="meta")
+        self._core_macs = macs_per_row(core, vector, vector, vector)
 
     def logits(self, state: ExitState) -> tuple[Float[Tensor, " batch"], Any]:
         """(B,) logit; hidden and cell state start at 0 in every pass."""
@@ -102,9 +104,7 @@ class RecurrentGate(LayerGate):
 
     def macs(self, state: ExitState, decision: Decision | None = None) -> Int[Tensor, " batch"]:
         """(B,) multiply-adds of embedding, LSTM and logit."""
-        vector = torch.empty((1, HIDDEN), device="meta")
-        core = macs_per_row(self._shared[0], vector, vector, vector)
-        return torch.full_like(state.macs, self.embed.in_features * HIDDEN + core)
+        return torch.full_like(state.macs, self.embed.in_features * HIDDEN + self._core_macs)
 
 
 class FeedForwardGate(LayerGate):
