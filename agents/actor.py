@@ -15,6 +15,7 @@ from torch import Tensor
 from agents.backbones.nature import FRAMES, SIDE
 from rlexit.config import METHODS
 from rlexit.exit_policy import ExitPolicy
+from rlexit.gates.reuse import forget
 from rlexit.network import StagedNetwork
 from rlexit.runtime import RunResult, run
 
@@ -39,10 +40,25 @@ class ExitingActor(BasePolicy):
         self.network = network.eval()
         self.exit_policy = exit_policy
         self.last: RunResult | None = None
+        self._memory: Any = None
+
+    def predict(
+        self,
+        observation: Any,
+        state: Any = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, Any]:
+        """As in SB3; `state` is what the games remember, for networks that may repeat an answer, and is handed back."""
+        starts = np.zeros(0, dtype=np.int64) if episode_start is None else np.flatnonzero(episode_start)
+        self._memory = forget(state, torch.from_numpy(starts))
+        actions, _ = super().predict(observation, None, episode_start, deterministic)
+        return actions, self._memory
 
     def _predict(self, observation: Any, deterministic: bool = False) -> Tensor:
         """(B, 4, 84, 84) to (B,) actions; exits, costs and scores of the call are kept in `last`."""
-        self.last = run(self.network, self.exit_policy, observation)
+        self.last = run(self.network, self.exit_policy, observation, memory=self._memory)
+        self._memory = self.last.memory
         if deterministic:
             return self.last.answers.argmax(dim=1)
         return torch.multinomial(self.last.answers.exp(), 1)[:, 0]

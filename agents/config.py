@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
 
 from rlexit.config import CoreConfig, require
+from rlexit.refine_config import RefineConfig
 
 # Observations in one buffer: 28 KB each, so 7 GB at most.
 MAX_BUFFER = 1 << 18
+# The modules of `agents.backbones`, found without importing torch: a new backbone is one new file.
+BACKBONES = tuple(sorted(path.stem for path in (Path(__file__).parent / "backbones").glob("[a-z]*.py")))
+TEACHERS = ("train", "zoo", "distilled")
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ class NetworkConfig:
     """The actor and where it may be left.
 
     Args:
-        backbone: `nature`.
+        backbone: `nature`, or `impala` with exits after `block1b` and `block2b`, say.
         taps: units with an early exit after them.
     """
 
@@ -103,8 +109,35 @@ class NetworkConfig:
     taps: tuple[str, ...] = ("conv1", "conv2")
 
     def __post_init__(self) -> None:
-        require(self.backbone == "nature", "network.backbone", "be nature", self.backbone)
+        require(self.backbone in BACKBONES, "network.backbone", f"be one of {', '.join(BACKBONES)}", self.backbone)
         require(len(set(self.taps)) == len(self.taps), "network.taps", "name each unit once", self.taps)
+
+
+@dataclass(frozen=True)
+class StudentConfig:
+    """How a teacher of one architecture is distilled from one of another (`teacher: distilled`).
+
+    Args:
+        source: `zoo`, the shipped teacher, or the folder of a run's teacher, such as `runs/pong/teacher`; a NatureCNN.
+        steps: env steps, half of them driven by the student, half by the source.
+        batch_size: of a minibatch.
+        epochs: passes over each collected buffer.
+        learning_rate: of Adam, at first; a tenth and a hundredth later.
+        decay_at: shares of the steps after which it falls.
+    """
+
+    source: str = "zoo"
+    steps: int = 500_000
+    batch_size: int = 256
+    epochs: int = 2
+    learning_rate: float = 5e-4
+    decay_at: tuple[float, float] = (0.7, 0.9)
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "epochs"):
+            require(getattr(self, name) >= 1, f"student.{name}", "be at least 1", getattr(self, name))
+        require(0 < self.learning_rate < 1, "student.learning_rate", "be between 0 and 1", self.learning_rate)
+        require(bool(self.source), "student.source", "be zoo or a teacher's folder", self.source)
 
 
 @dataclass(frozen=True)
@@ -132,10 +165,12 @@ class AgentsConfig(CoreConfig):
 
     Args:
         env: the protocol.
-        teacher: `train` one, or copy the one shipped in the `zoo`.
+        teacher: `train` one, copy the one shipped in the `zoo`, or make one `distilled` from a NatureCNN.
         train: PPO of the teacher.
         network: actor and exits.
         collect: distillation data.
+        student: how a `distilled` teacher learns.
+        refine: how decisions are refined by reinforcement learning, for methods that are.
     """
 
     domain: str = "agents"
@@ -144,11 +179,21 @@ class AgentsConfig(CoreConfig):
     train: PPOConfig = field(default_factory=PPOConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     collect: CollectConfig = field(default_factory=CollectConfig)
+    student: StudentConfig = field(default_factory=StudentConfig)
+    refine: RefineConfig = field(default_factory=RefineConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.domain == "agents", "domain", "be agents", self.domain)
-        require(self.teacher in ("train", "zoo"), "teacher", "be train or zoo", self.teacher)
+        require(self.teacher in TEACHERS, "teacher", f"be one of {', '.join(TEACHERS)}", self.teacher)
+        fits = self.teacher != "zoo" or self.network.backbone == "nature"
+        advice = "What is shipped is a NatureCNN: say `teacher: distilled`."
+        require(fits, "network.backbone", "be nature where the teacher is zoo", self.network.backbone, advice)
+
+    def unusual(self) -> dict[str, Any]:
+        """The teacher's architecture and source, where they are not a NatureCNN of its own."""
+        network = {} if self.network.backbone == "nature" else {"backbone": self.network.backbone}
+        return network | ({"student": asdict(self.student)} if self.teacher == "distilled" else {})
 
 
 CONFIG = AgentsConfig

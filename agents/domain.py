@@ -15,8 +15,10 @@ from torch import Tensor
 
 from agents import envs, rollouts, teacher, zoo
 from agents.actor import ExitingActor
-from agents.backbones.nature import FRAMES, SIDE, initialise, load_sb3, nature_network
+from agents.backbones import backbone_of
+from agents.backbones.nature import FRAMES, SIDE, initialise
 from agents.config import AgentsConfig
+from agents.decisions import add_decisions
 from agents.exporters import save_sb3
 from agents.importers import import_sb3
 from rlexit import checkpoint
@@ -59,6 +61,7 @@ class AgentsDomain:
         if config.teacher == "zoo":
             zoo.folder(config.env.game)
         self.config = config
+        self.backbone = backbone_of(config.network.backbone)
         self.task = config.env.game
         self._teacher_rows: tuple[int, Tensor] | None = None
 
@@ -85,12 +88,18 @@ class AgentsDomain:
         if self.config.teacher == "zoo":
             zoo.copy(self.task, folder)
             return
+        if self.config.teacher == "distilled":
+            from agents.students import distill_teacher
+
+            distill_teacher(self.config, self.actions, folder, seed, self.batches(seed), watch)
+            return
         total = self.config.train.total_steps
         teacher.train(
             folder,
             self.config.env,
             self.config.train,
             seed,
+            extractor=self.backbone.extractor,
             stop=watch.stop,
             progress=lambda step, facts: watch.progress(step, total, facts),
         )
@@ -105,21 +114,21 @@ class AgentsDomain:
                     f"`{folder}` holds a teacher whose env.{name} is {theirs.get(name)!r}, the config says {ours[name]!r}. "
                     "Use the config that it was made with, or another --out."
                 )
-        load_sb3(nature_network(self.actions), tensors)
+        self.backbone.load(self.backbone.network(self.actions), tensors)
 
     def network(self, teacher_folder: Path, method: Method) -> StagedNetwork:
         """The frozen actor with fresh early heads."""
         taps = self.config.network.taps
-        network = nature_network(
+        network = self.backbone.network(
             self.actions, taps, self.config.head, method.cascade, ensembles[method.ensemble](len(taps), self.actions)
         )
-        load_sb3(network, checkpoint.load(teacher_folder, teacher.TEACHER)[0])
-        return network
+        self.backbone.load(network, checkpoint.load(teacher_folder, teacher.TEACHER)[0])
+        return add_decisions(network, self.example(), self.config.refine) if method.refines else network
 
     def static_networks(self, teacher_folder: Path) -> dict[str, StagedNetwork]:
-        """NatureCNNs of fewer channels."""
+        """The same backbone with fewer channels."""
         widths = self.config.distill.static_widths
-        return {f"width {width:g}": initialise(nature_network(self.actions, width=width)) for width in widths}
+        return {f"width {width:g}": initialise(self.backbone.network(self.actions, width=width)) for width in widths}
 
     def example(self) -> Tensor:
         """(1, 4, 84, 84) uint8."""
@@ -160,7 +169,7 @@ class AgentsDomain:
             self.config.env,
             rollouts.exiting(network, [policy]),
             jobs,
-            network.exits,
+            rollouts.outcomes(network),
             n_envs=min(settings.n_envs, ROW_GAMES),
             sampled=settings.actions == "sampled",
             stop=watch.stop,
@@ -192,7 +201,7 @@ class AgentsDomain:
         if network is None:
             decide, exits = rollouts.at_random(self.actions), 1
         else:
-            decide, exits = rollouts.exiting(network, policies, settings.execution), network.exits
+            decide, exits = rollouts.exiting(network, policies, settings.execution), rollouts.outcomes(network)
         return rollouts.play(
             self.config.env,
             decide,
@@ -204,6 +213,26 @@ class AgentsDomain:
             stop=watch.stop,
             progress=lambda done, total: watch.progress(done, total, {}),
         )
+
+    def refine(
+        self, network: StagedNetwork, teacher_folder: Path, method: Method, folder: Path, seed: int, watch: Watch
+    ) -> dict[str, float]:
+        """Cloning with straight-through gates, then PPO on clipped reward minus priced compute.
+
+        Raises:
+            ValueError: the config asks for an algorithm that is made for classifiers.
+        """
+        from agents.critics import value_head_of
+        from agents.refine import Refiner
+
+        if self.config.refine.algo != "ppo":
+            raise ValueError(
+                f"`refine.algo` must be ppo for games, got {self.config.refine.algo}. It is for classifiers."
+            )
+        value_head = value_head_of(checkpoint.load(teacher_folder, teacher.TEACHER)[0])
+        original = self.network(teacher_folder, Method())
+        refiner = Refiner(network, original, value_head, self.config.env, self.config.refine, folder, seed, watch)
+        return refiner.run()
 
     def film(
         self, network: StagedNetwork, policy: ExitPolicy, episode: int, steps: int, path_without_suffix: Path
@@ -221,7 +250,8 @@ class AgentsDomain:
 
     def blank(self, method: Method) -> StagedNetwork:
         """The network with exits, untrained; for counting."""
-        return nature_network(self.actions, self.config.network.taps, self.config.head, method.cascade)
+        network = self.backbone.network(self.actions, self.config.network.taps, self.config.head, method.cascade)
+        return add_decisions(network, self.example(), self.config.refine) if method.refines else network
 
     def adopt(self, path: Path, folder: Path) -> None:
         """Makes a zip of stable-baselines3 the teacher."""

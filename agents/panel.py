@@ -15,7 +15,7 @@ from PIL.ImageColor import getrgb
 from PIL.ImageFont import FreeTypeFont
 
 from rlexit.exit_policy import ExitPolicy
-from rlexit.plots import exit_colours
+from rlexit.plots import REUSED, exit_colours
 
 GROUND, TRACK, LINE, DIM, MID, INK = "#14161b", "#262a33", "#3a404d", "#8d94a5", "#b9bfcc", "#f0f2f6"
 GAIN, LOSS = "#ffc857", "#ff6b6b"
@@ -39,7 +39,7 @@ class Step:
 
     Args:
         screen: (210, 160, 3) what the step was decided on, in colours.
-        exit: index at which it left.
+        exit: index at which it left; K where it repeated the answer of the step before.
         scores: (K,) of the rule, NaN where none was computed.
         action: index of the action chosen.
         probability: of that action.
@@ -86,7 +86,7 @@ class Panel:
     ) -> None:
         self._steps, self._policy, self._names, self._game, self._title = steps, policy, names, game, title
         self._actions = [" ".join(re.findall("NOOP|FIRE|UP|DOWN|LEFT|RIGHT", name)) or name for name in action_meanings]
-        self.colours = panel_colours(len(names))
+        self.colours = [*panel_colours(len(names)), REUSED]
         relative = np.array([step.relative_macs for step in steps])
         self._means = relative.cumsum() / np.arange(1, len(steps) + 1)
         self._longest = max(1.0, float(relative.max()))
@@ -156,12 +156,15 @@ class Panel:
         _text(draw, (BAR, top), self._policy.rule, 13, DIM, "ls")
         rail, ends = PANEL + 7, [self._middle(0) - self._row // 2 + 6, self._middle(last)]
         draw.line((rail, ends[0], rail, ends[1]), LINE, 2)
-        draw.line((rail, ends[0], rail, self._middle(step.exit)), self.colours[step.exit], 2)
+        if step.exit <= last:
+            draw.line((rail, ends[0], rail, self._middle(step.exit)), self.colours[step.exit], 2)
+        else:
+            _text(draw, (RIGHT, top), "repeats its answer", 16, self.colours[step.exit], "rs")
         for exit, name in enumerate(self._names):
             self._rung(draw, step, exit, name)
 
     def _rung(self, draw: ImageDraw.ImageDraw, step: Step, exit: int, name: str) -> None:
-        taken, reached, colour = exit == step.exit, exit <= step.exit, self.colours[exit]
+        taken, reached, colour = exit == step.exit, exit <= step.exit < len(self._names), self.colours[exit]
         middle, rail = self._middle(exit), PANEL + 7
         outline = self.colours[step.exit] if reached else LINE
         draw.ellipse((rail - 5, middle - 5, rail + 5, middle + 5), colour if taken else GROUND, outline, 2)

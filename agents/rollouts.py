@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,9 +13,10 @@ from agents.config import EnvConfig
 from agents.envs import borrowed
 from rlexit.domain import Played
 from rlexit.exit_policy import ExitPolicy, threshold_rows
+from rlexit.gates.reuse import forget
 from rlexit.network import StagedNetwork
 from rlexit.runtime import RunResult, replay, run
-from rlexit.state import map_tensors
+from rlexit.state import map_tensors, put, take
 
 
 class Job(NamedTuple):
@@ -26,7 +27,12 @@ class Job(NamedTuple):
     seed: int
 
 
-Decide = Callable[[Tensor, np.ndarray], RunResult]
+Decide = Callable[[Tensor, np.ndarray, Any], RunResult]
+
+
+def outcomes(network: StagedNetwork) -> int:
+    """How a row may end: at one of the K exits, or, where answers may be repeated, with the one it had: one more."""
+    return network.exits + (network.reuse is not None)
 
 
 def exiting(network: StagedNetwork, policies: Sequence[ExitPolicy], execution: str = "real") -> Decide:
@@ -42,9 +48,10 @@ def exiting(network: StagedNetwork, policies: Sequence[ExitPolicy], execution: s
     execute = run if execution == "real" else replay
     device = next(network.parameters()).device
 
-    def decide(observations: Tensor, jobs: np.ndarray) -> RunResult:
+    def decide(observations: Tensor, jobs: np.ndarray, memory: Any = None) -> RunResult:
         thresholds = None if shared else limits[torch.from_numpy(jobs)]
-        result = execute(network, policies[0], observations.to(device), thresholds=thresholds)
+        there = map_tensors(lambda tensor: tensor.to(device), memory)
+        result = execute(network, policies[0], observations.to(device), thresholds=thresholds, memory=there)
         # Games are played on the CPU, whatever decides.
         found: RunResult = map_tensors(lambda tensor: tensor.cpu(), result)
         return found
@@ -55,7 +62,7 @@ def exiting(network: StagedNetwork, policies: Sequence[ExitPolicy], execution: s
 def at_random(actions: int) -> Decide:
     """Decides uniformly; the actions themselves are drawn by each game's own generator (`sampled`)."""
 
-    def decide(observations: Tensor, jobs: np.ndarray) -> RunResult:
+    def decide(observations: Tensor, jobs: np.ndarray, memory: Any = None) -> RunResult:
         batch = len(observations)
         answers = torch.full((batch, actions), 1.0 / actions).log()
         nothing = torch.zeros(batch, dtype=torch.int64)
@@ -81,12 +88,13 @@ def play(
 
     Args:
         config: the protocol.
-        decide: answers and exits for (B, ...) observations and the (B,) policy index of each row.
+        decide: answers and exits for (B, ...) observations, the (B,) policy index of each row and the rows' memories;
+            None before anything is remembered.
         jobs: every game. A game depends on its own seed and policy only, not on its neighbours.
-        exits: K.
+        exits: K, and one more where answers may be repeated (`outcomes`).
         n_envs: at most so many games side by side.
         sampled: draw actions from the answer (by the game's own generator) in place of the likeliest.
-        record: the first so many jobs keep their steps.
+        record: the first so many jobs keep their steps; exit -1 is a repeated answer.
         progress: told (games done, games in all).
         stop: asked at every step; true ends the playing.
         keep: given the (B, ...) observations of running games at every step.
@@ -101,6 +109,7 @@ def play(
     generators: list[np.random.Generator] = [np.random.default_rng(0)] * n_envs
     waiting = list(range(len(jobs)))[::-1]
     done = 0
+    memory: Any = None  # tree of (n_envs, ...): every game has its own
     with borrowed(config, n_envs) as env:
         observations = np.zeros((n_envs, *(env.observation_space.shape or ())), dtype=np.uint8)
         while done < len(jobs) and not stop():
@@ -112,12 +121,17 @@ def play(
                     job = jobs[slots[slot]]
                     running[slot] = Played(job.policy, job.episode, job.seed, exits=np.zeros(exits, dtype=np.int64))
                     generators[slot] = np.random.default_rng(job.seed)
+                memory = forget(memory, torch.tensor(free))
                 seeds = np.array([jobs[slots[slot]].seed for slot in free])
                 observations[free] = env.reset_games(np.array(free), seeds)
             playing = [(slot, episode) for slot, episode in enumerate(running) if episode is not None]
             active = np.array([slot for slot, _ in playing])
             batch = torch.from_numpy(observations if len(active) == n_envs else observations[active])
-            result = decide(batch, np.array([episode.policy for _, episode in playing]))
+            places = torch.from_numpy(active)
+            result = decide(batch, np.array([episode.policy for _, episode in playing]), take(memory, places))
+            if result.memory is not None:
+                blank = map_tensors(lambda leaf: leaf.new_zeros((n_envs, *leaf.shape[1:])), result.memory)
+                memory = put(blank if memory is None else memory, places, result.memory)
             if keep is not None:
                 keep(batch.numpy())
             probabilities = result.answers.exp().numpy()
@@ -137,9 +151,8 @@ def play(
                 episode.exits[left[row]] += 1
                 episode.value += float(rewards[slot])
                 if slots[slot] < record:
-                    _note(
-                        episode, int(left[row]), float(probabilities[row].max()), int(chosen[row]), float(rewards[slot])
-                    )
+                    exit = -1 if result.reuse is not None and not result.reuse.action[row] else int(left[row])
+                    _note(episode, exit, float(probabilities[row].max()), int(chosen[row]), float(rewards[slot]))
                 if dones[slot]:
                     running[slot] = None
                     done += 1

@@ -126,8 +126,10 @@ class _Keeper(BaseCallback):
         return True
 
 
-def build(env: AtariVecEnv, config: PPOConfig, seed: int, device: str = "cpu") -> PPO:
-    """PPO with the given settings on the given games."""
+def build(
+    env: AtariVecEnv, config: PPOConfig, seed: int, device: str = "cpu", extractor: type[Any] | None = None
+) -> PPO:
+    """PPO with the given settings on the given games; SB3's own NatureCNN unless a feature extractor is given."""
     policy = MixedPrecisionCnnPolicy if config.precision == "bf16" else ActorCriticCnnPolicy
     rate, clip = config.learning_rate, config.clip_range
     return PPO(
@@ -143,7 +145,8 @@ def build(env: AtariVecEnv, config: PPOConfig, seed: int, device: str = "cpu") -
         ent_coef=config.ent_coef,
         vf_coef=config.vf_coef,
         max_grad_norm=config.max_grad_norm,
-        policy_kwargs={"optimizer_kwargs": {"fused": True}},
+        policy_kwargs={"optimizer_kwargs": {"fused": True}}
+        | ({} if extractor is None else {"features_extractor_class": extractor, "net_arch": []}),
         seed=seed,
         device=device,
     )
@@ -156,6 +159,7 @@ def train(
     seed: int,
     *,
     device: str = "cpu",
+    extractor: type[Any] | None = None,
     stop: Callable[[], bool] = lambda: False,
     progress: Callable[[int, dict[str, float]], None] = lambda step, facts: None,
 ) -> Path:
@@ -176,7 +180,7 @@ def train(
         )
     step = int(resumed[1]["counters"]["num_timesteps"]) if resumed else 0
     env = AtariVecEnv(env_config, config.n_envs, training=True)
-    model = build(env, config, seed, device)
+    model = build(env, config, seed, device, extractor)
     # Envs restart at a resume: their seeds must not repeat the games of the first attempt.
     env.seed(int(np.random.SeedSequence([seed, step]).generate_state(1)[0] >> 2))
     model._last_obs = None

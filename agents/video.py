@@ -40,7 +40,7 @@ class Film:
 
     Args:
         frames: T pictures of one size, with one palette.
-        exits: (T,) exit index at which each step left.
+        exits: (T,) exit index at which each step left; K where it repeated its answer.
         confidences: (T, K) the rule's score at each exit, NaN where none was computed.
         actions: (T,) what the actor chose.
         rewards: (T,) unclipped.
@@ -155,9 +155,10 @@ def play(
     try:
         observation: Any = acting.reset_games([0], [seed])
         picture: Any = shown.reset_games([0], [seed])
-        ended = False
+        ended, memory = False, None
         while not ended:
-            result = run(network, policy, torch.from_numpy(observation))
+            result = run(network, policy, torch.from_numpy(observation), memory=memory)
+            memory = result.memory
             probabilities = result.answers[0].exp().numpy()
             action = draw(generator, probabilities) if sampled else int(probabilities.argmax())
             forced, screen = bool(acting.fires_next[0]), picture[0, 0]

@@ -37,6 +37,7 @@ def show_points(folder: Path, points: Sequence[Point], settings: Mapping[str, An
             "eval/macs_mean": point.macs_mean,
             "eval/latency_us_p50": point.latency_us_p50,
             **{f"eval/exit_frac/{exit}": share for exit, share in enumerate(point.exit_shares)},
+            **({"eval/reuse_frac": point.reuse_share} if point.reuse_share else {}),
         }
         with Board(folder / f"{point.method} {point.label}") as board:
             for tag, value in scalars.items():

@@ -141,6 +141,21 @@ def threshold_grid(scores: Scores, points: int) -> list[float]:
     return list(dict.fromkeys(solve_macs(scores, float(level) + 1e-9) for level in levels))
 
 
+def refined_policy(network: StagedNetwork) -> ExitPolicy | None:
+    """The exit policy with which a network's decisions were refined: its own gates decide, greedily; None without any."""
+    if not network.leave_gates and network.reuse is None:
+        return None
+    rule = "learned" if network.leave_gates else "confidence"
+    thresholds = tuple(0.5 if name in network.leave_gates else math.inf for name in network.exit_names[:-1])
+    return ExitPolicy(rule, thresholds, "refined", {"target": "refined"})
+
+
+def rules_for(network: StagedNetwork, rules: Sequence[str]) -> list[str]:
+    """Those of the rules that a network can be run under: `learned` needs a leave gate at every early exit."""
+    asked = len(network.leave_gates) == network.exits - 1 > 0
+    return [rule for rule in rules if asked or rule != "learned"]
+
+
 def shared_policy(
     rule: str, threshold: float, exits: int, label: str = "", provenance: dict[str, Any] | None = None
 ) -> ExitPolicy:

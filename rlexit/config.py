@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rlexit.methods import METHODS as METHODS
 from rlexit.methods import Method as Method
 
-ALGOS = ("ppo", "skipnet", "blockdrop")
-DECISIONS = ("exits", "units", "reuse")
 REGIMES = ("disjoint", "mixed", "joint")
 # How a hard decision lets a gradient through (`rlexit.gates.estimators`).
 ESTIMATORS = ("gumbel_sigmoid", "reinforce", "soft", "ste_bernoulli", "ste_det")
@@ -179,103 +178,6 @@ class DistillConfig:
 
 
 @dataclass(frozen=True)
-class RefineConfig:
-    """How reinforcement learning refines decisions: task reward minus a price on compute.
-
-    Args:
-        algo: `ppo` (clipped ratios per gate), or `skipnet` and `blockdrop`, the originals' updates, for classifiers.
-        decisions: what is decided: `exits` (leave or go on), `units` (skip a unit), `reuse` (the previous answer).
-        steps: samples (env steps for policies) of reinforcement learning.
-        clone_steps: before them, samples on which gates learn by cloning the full network, straight-through.
-        price: lambda, reward per relative MACs; where a target is given, its first value.
-        target_macs: mean compute relative to the full network that a dual variable holds; 0: the price is fixed.
-        dual_rate: step of the dual variable, in price per relative MACs above the target and update.
-        price_max: the dual variable stays in 0..price_max.
-        learning_rate: of Adam, for gates, heads and critics.
-        trunk: `frozen`, so that the full answer stays within reach, or `trained` along.
-        trunk_learning_rate: classifiers only: of SGD, for a trained trunk.
-        paths: classifiers only: drawn per image; each is compared with the others.
-        alpha: `skipnet` only: reward for skipping everything.
-        penalty: `blockdrop` only: reward of a wrong answer, negated.
-        n_envs: games side by side.
-        n_steps: env steps per game and update.
-        batch_size: of a minibatch.
-        epochs: passes over each rollout.
-        clip: of the probability ratios, each gate's and the action's.
-        gamma: discount per env step; decisions within a step are not discounted.
-        gae_lambda: of the advantages.
-        entropy: weight of the gates' and the actions' entropies.
-        value: weight of the critics' losses.
-        anchor: weight of KL(full network || gated) beside the policy losses.
-        max_grad_norm: of one update.
-        max_reuse: env steps in a row that may repeat an answer.
-        collapse_after: updates in a row with a gate all shut or all open before it is told as a collapse.
-        checkpoint_updates: updates between checkpoints.
-    """
-
-    algo: str = "ppo"
-    decisions: tuple[str, ...] = ("exits", "reuse")
-    steps: int = 500_000
-    clone_steps: int = 50_000
-    price: float = 0.02
-    target_macs: float = 0.0
-    dual_rate: float = 0.02
-    price_max: float = 10.0
-    learning_rate: float = 2.5e-4
-    trunk: str = "frozen"
-    trunk_learning_rate: float = 1e-4
-    paths: int = 4
-    alpha: float = 0.1
-    penalty: float = 5.0
-    n_envs: int = 8
-    n_steps: int = 128
-    batch_size: int = 256
-    epochs: int = 4
-    clip: float = 0.1
-    gamma: float = 0.99
-    gae_lambda: float = 0.95
-    entropy: float = 0.01
-    value: float = 0.5
-    anchor: float = 0.0
-    max_grad_norm: float = 0.5
-    max_reuse: int = 4
-    collapse_after: int = 20
-    checkpoint_updates: int = 20
-
-    def __post_init__(self) -> None:
-        require(self.algo in ALGOS, "refine.algo", f"be one of {', '.join(ALGOS)}", self.algo)
-        require(
-            bool(self.decisions), "refine.decisions", f"name at least one of {', '.join(DECISIONS)}", self.decisions
-        )
-        for name in self.decisions:
-            require(name in DECISIONS, "refine.decisions", f"be of {', '.join(DECISIONS)}", name)
-        counts = ("steps", "n_envs", "n_steps", "batch_size", "epochs", "max_reuse", "collapse_after")
-        for name in (*counts, "checkpoint_updates"):
-            require(getattr(self, name) >= 1, f"refine.{name}", "be at least 1", getattr(self, name))
-        require(self.n_envs <= 1024, "refine.n_envs", "be at most 1024", self.n_envs)
-        advice = "A negative price pays for compute."
-        require(0 <= self.price < math.inf, "refine.price", "be at least 0", self.price, advice)
-        require(2 <= self.paths <= 64, "refine.paths", "be in 2..64", self.paths)
-        for name in (
-            "clone_steps",
-            "target_macs",
-            "dual_rate",
-            "price_max",
-            "entropy",
-            "value",
-            "anchor",
-            "alpha",
-            "penalty",
-        ):
-            require(0 <= getattr(self, name) < math.inf, f"refine.{name}", "be at least 0", getattr(self, name))
-        for name in ("learning_rate", "clip", "max_grad_norm", "trunk_learning_rate"):
-            require(0 < getattr(self, name) < math.inf, f"refine.{name}", "be positive", getattr(self, name))
-        for name in ("gamma", "gae_lambda"):
-            require(0 <= getattr(self, name) <= 1, f"refine.{name}", "be in [0, 1]", getattr(self, name))
-        require(self.trunk in ("frozen", "trained"), "refine.trunk", "be frozen or trained", self.trunk)
-
-
-@dataclass(frozen=True)
 class CalibrateConfig:
     """How thresholds are chosen on calibration rows or episodes, which no test ever uses.
 
@@ -364,7 +266,6 @@ class CoreConfig:
         head: how early heads are built.
         gates: how gates before units are built, for methods that have them; their kind is the method's.
         distill: how heads learn.
-        refine: how decisions are refined by reinforcement learning, for methods that are.
         calibrate: how thresholds are chosen.
         evaluate: what is measured.
     """
@@ -374,9 +275,12 @@ class CoreConfig:
     head: HeadConfig = field(default_factory=HeadConfig)
     gates: GateConfig = field(default_factory=GateConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
-    refine: RefineConfig = field(default_factory=RefineConfig)
     calibrate: CalibrateConfig = field(default_factory=CalibrateConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+    def unusual(self) -> dict[str, Any]:
+        """What a teacher depends on besides its own sections, where that is not the usual."""
+        return {}
 
     def __post_init__(self) -> None:
         require(bool(self.methods), "methods", f"name at least one of {', '.join(METHODS)}", self.methods)

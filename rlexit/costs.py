@@ -48,6 +48,8 @@ def cost_table(network: StagedNetwork, inputs: Any) -> CostTable:
         inputs: tree of (B, ...) tensors; only the shapes and dtypes are read.
     """
     state = network.begin(map_tensors(lambda leaf: torch.zeros_like(leaf[:1]), inputs))
+    if network.reuse is not None:
+        state = state.charge("reuse", network.reuse.macs(state))
     units: dict[str, int] = {}
     heads: dict[str, int] = {}
     exits: list[int] = []

@@ -58,7 +58,7 @@ class Played:
         value: of the domain's metric.
         decisions: env steps, or rows of the set.
         macs: summed over the decisions, as executed.
-        exits: (K,) how often each exit answered.
+        exits: (K,) how often each exit answered; one more, the last, where answers may be repeated.
         steps: per decision, where recorded: exits, confidences, actions, rewards.
     """
 

@@ -84,6 +84,11 @@ def check_exportable(network: StagedNetwork) -> None:
             f"`network` must have no gates to be exported, got gates before {', '.join(network.gates)}: a plain graph "
             "cannot leave out a unit. Export a method with exits only."
         )
+    if network.reuse is not None:
+        raise ExportError(
+            "`network` must keep nothing between env steps to be exported, got one that may repeat its last answer. "
+            "Export a method without `reuse`."
+        )
     kind = type(network)
     if kind.remember is not StagedNetwork.remember or kind.begin is not StagedNetwork.begin:
         raise ExportError(

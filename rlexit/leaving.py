@@ -23,12 +23,13 @@ class RunResult:
 
     Args:
         answers: (B, A) log-probabilities.
-        exits: (B,) exit index at which the row left, from 0.
+        exits: (B,) exit index at which the row left, from 0; K where it repeated the answer of its last step.
         macs: (B,) multiply-adds executed for the row, heads and gates included.
         scores: (B, K) the rule's score at each exit, NaN where none was asked for.
         memory: tree of (B, ...) to hand to the row's next step.
         decisions: per gate, the decisions of the rows that reached it, with their row indices.
         leaving: per leave gate asked, the decisions of the rows at that exit, with their row indices.
+        reuse: of the gate before everything, for all rows; action 0 repeats. None without one.
         violated: (B,) rows that could not pass the first exit within their budget; None without budgets.
     """
 
@@ -40,6 +41,7 @@ class RunResult:
     decisions: tuple[tuple[Int[Tensor, " _"], Decision], ...] = ()
     leaving: tuple[tuple[Int[Tensor, " _"], Decision], ...] = ()
     violated: Bool[Tensor, " batch"] | None = None
+    reuse: Decision | None = None
 
 
 Limit = float | Float[Tensor, " batch"]
@@ -149,6 +151,26 @@ class Record:
             self.scores[state.rows, exit] = score
         if len(state.leaving) > len(self.asked):
             self.asked.append((state.rows, state.leaving[-1]))
+
+
+def recall(
+    network: StagedNetwork, state: ExitState, mode: Mode, generator: torch.Generator | None, record: Record
+) -> tuple[ExitState, Decision | None]:
+    """Asks the reuse gate, if there is one, before the first unit: the rows that compute, and the decision of all rows.
+
+    Those that repeat the answer of their last step have left.
+    """
+    if network.reuse is None:
+        return state, None
+    state, decision = network.reuse.recall(state, mode, None, generator)
+    repeats = decision.action == 0
+    if not bool(repeats.any()):
+        return state, decision
+    one = state.select(torch.nonzero(repeats).flatten())
+    answer = one.memory["answer"]
+    one = replace(one, features=None, logits=answer[:, None][:, :0], answer=answer, exit=network.exits + 1)
+    record.left.append(one)
+    return state.select(torch.nonzero(~repeats).flatten()), decision
 
 
 def leaving(network: StagedNetwork, state: ExitState) -> ExitState:

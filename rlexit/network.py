@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rlexit.ensembles import Ensemble, NoEnsemble
 from rlexit.gates import Decision, Gate, Mode
+from rlexit.gates.reuse import ReuseGate
 from rlexit.heads import Head
 from rlexit.macs import macs_per_row
 from rlexit.state import ExitState, Forecast, put, take
@@ -79,6 +80,7 @@ class StagedNetwork(nn.Module):
         self.heads = nn.ModuleDict({name: exits[name] for name in self.exit_names})
         self.set_gates(gates or {})
         self.set_leave_gates(leave_gates or {})
+        self.reuse: ReuseGate | None = None
         self.ensemble: Ensemble = ensemble or NoEnsemble(len(exits), outputs)
         self.outputs = outputs
 
@@ -303,8 +305,8 @@ class StagedNetwork(nn.Module):
         return unit.tap(state.features)
 
     def remember(self, state: ExitState) -> Any:
-        """The memory that a row takes to its next step when it leaves; unchanged by default."""
-        return state.memory
+        """The memory that a row takes to its next step when it leaves; unchanged without a `reuse` gate."""
+        return state.memory if self.reuse is None else self.reuse.remember(state)
 
     def gather(self, taps: Sequence[Tensor]) -> list[Tensor]:
         """The weightless part of the first heads' work on tapped features, to be done once per sample."""

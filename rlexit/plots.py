@@ -32,7 +32,7 @@ from rlexit.metrics import Interval, Values
 from rlexit.rows import ReliabilityRow
 from rlexit.summary import RANDOM, RANDOM_EXIT, REFERENCES, STATIC, TEACHER, Point
 
-INK, GREY, BLUE, GREEN, ORANGE = "#1a1a1a", "#8c8c8c", "#0072b2", "#009e73", "#d55e00"
+INK, GREY, BLUE, GREEN, ORANGE, REUSED = "#1a1a1a", "#8c8c8c", "#0072b2", "#009e73", "#d55e00", "#d5d9e2"
 METHODS = {  # name: (colour, marker)
     TEACHER: (INK, "*"),
     RANDOM: (GREY, "."),
@@ -106,7 +106,7 @@ def exit_shares(points: Sequence[Point], title: str = "") -> Figure:
         figure, axes = _bars([(point.method, point.label) for point in shown], title)
         for row, point in enumerate(shown):
             left = 0.0
-            for colour, share in zip(colours, point.exit_shares, strict=False):
+            for colour, share in zip((REUSED, *colours), (point.reuse_share, *point.exit_shares), strict=False):
                 axes.barh(row, share, left=left, height=0.72, color=colour, edgecolor="white", linewidth=0.6)
                 if share >= 0.06:
                     ink = "white" if np.dot(to_rgb(colour), (0.299, 0.587, 0.114)) < 0.55 else "black"
@@ -115,7 +115,7 @@ def exit_shares(points: Sequence[Point], title: str = "") -> Figure:
                 left += share
         axes.set(xlim=(0, 1), xlabel="share of decisions")
         axes.xaxis.set_major_formatter(ticker.PercentFormatter(1.0))
-        _legend_below(figure, _exit_handles(colours))
+        _legend_below(figure, _exit_handles(colours, any(point.reuse_share for point in shown)))
     return figure
 
 
@@ -123,7 +123,7 @@ def exit_timeline(exits: Values, confidences: Values, rewards: Values, title: st
     """One episode: score so far, the exit taken at each step, and the confidence of the answer that was acted on.
 
     Args:
-        exits: (T,) exit index per step.
+        exits: (T,) exit index per step; -1 where the answer of the step before was repeated.
         confidences: (T,) the rule's score, mostly in [0, 1]; NaN where none was computed.
         rewards: (T,) unclipped.
         title: printed above, on the left.
@@ -132,7 +132,7 @@ def exit_timeline(exits: Values, confidences: Values, rewards: Values, title: st
     sure, score_so_far = np.asarray(confidences, dtype=float), np.cumsum(gained)
     steps, end = np.arange(len(taken)), max(len(taken), 1) - 0.5
     colours = exit_colours(int(taken.max(initial=0)) + 1)
-    handles = _exit_handles(colours)
+    handles = _exit_handles(colours, bool((taken < 0).any()))
     with matplotlib.rc_context(STYLE):
         figure = _figure(5.2)
         score, strip, confidence = figure.subplots(3, 1, sharex=True, height_ratios=(3, 0.8, 2))
@@ -142,7 +142,7 @@ def exit_timeline(exits: Values, confidences: Values, rewards: Values, title: st
             handles += score.plot(at, score_so_far[at], marker, color=colour, linestyle="none", label=name)
         score.set(ylabel="score so far")
         score.set_title(title)
-        painted = {"cmap": ListedColormap(colours), "vmin": -0.5, "vmax": len(colours) - 0.5}
+        painted = {"cmap": ListedColormap([REUSED, *colours]), "vmin": -1.5, "vmax": len(colours) - 0.5}
         strip.imshow(taken[None], aspect="auto", interpolation="nearest", extent=(-0.5, end, 0, 1), **painted)
         strip.set_yticks([])
         strip.set_ylabel("exit", rotation=0, ha="right", va="center")
@@ -351,9 +351,9 @@ def _pareto_handles(points: Sequence[Point]) -> list[Line2D]:
     return handles
 
 
-def _exit_handles(colours: Sequence[str]) -> list[Any]:
-    last = len(colours) - 1
-    return [Patch(color=colour, label=f"exit {k}{' (last)' if k == last else ''}") for k, colour in enumerate(colours)]
+def _exit_handles(colours: Sequence[str], reused: bool = False) -> list[Any]:
+    names = ["repeated", *(f"exit {k}" for k in range(len(colours) - 1)), f"exit {len(colours) - 1} (last)"]
+    return [Patch(color=c, label=name) for c, name in zip((REUSED, *colours), names, strict=True)][not reused :]
 
 
 def _drawn_handles(figure: Figure) -> list[Any]:

@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from rlexit.config import RefineConfig
 from rlexit.domain import Batches, Watch
 from rlexit.gatelearning import GateLearner, Plan
 from rlexit.network import StagedNetwork
@@ -25,6 +24,7 @@ from rlexit.policygradients import (
     skipnet_loss,
     skipnet_returns,
 )
+from rlexit.refine_config import RefineConfig
 from rlexit.resource import dual_step
 from rlexit.state import map_tensors
 from rlexit.walks import Walk, walk

@@ -13,7 +13,7 @@ from torch import Tensor
 from rlexit.budget import run_within
 from rlexit.exit_policy import ExitPolicy, threshold_rows
 from rlexit.gates import Mode
-from rlexit.leaving import Doors, Record, RunResult, check_thresholds, gathered, leaving
+from rlexit.leaving import Doors, Record, RunResult, check_thresholds, gathered, leaving, recall
 from rlexit.network import StagedNetwork
 from rlexit.rules import Rule
 
@@ -62,13 +62,19 @@ def run(
     state = network.begin(inputs, memory, path)
     if budgets is None and exit_policy.budget:
         budgets = torch.full_like(state.macs, exit_policy.budget)
+    if budgets is not None and network.reuse is not None:
+        raise ValueError(
+            "`budgets` must be given to networks that compute every answer, got one that may repeat its last. "
+            "Take a method without reuse."
+        )
     if budgets is not None and len(state):
         return run_within(
             network, exit_policy, state, budgets.to(state.device), thresholds, accounting, infeasible, mode, generator
         )
     doors = Doors(network, exit_policy, thresholds)
     record = Record(len(state), network.exits, state.device)
-    while True:
+    state, recalled = recall(network, state, mode, generator, record)
+    while len(state) or not record.left:
         state, decision = network.decide(state, mode, None, generator)
         if decision is not None:
             record.decisions.append((state.rows, decision))
@@ -90,7 +96,7 @@ def run(
         if count:
             record.left.append(leaving(network, state).select(torch.nonzero(leaves).flatten()))
             state = state.select(torch.nonzero(~leaves).flatten())
-    result = gathered(record)
+    result = replace(gathered(record), reuse=recalled)
     return result if budgets is None else replace(result, violated=torch.zeros_like(result.exits, dtype=torch.bool))
 
 
@@ -101,6 +107,7 @@ def replay(
     inputs: Any,
     *,
     thresholds: Float[Tensor, "batch early"] | None = None,
+    memory: Any = None,
 ) -> RunResult:
     """Computes every exit and picks afterwards: acts as `run` does, saves nothing, and charges what it computed.
 
@@ -109,13 +116,17 @@ def replay(
         exit_policy: rule and thresholds for all rows.
         inputs: (B, ...) raw inputs.
         thresholds: (B, K - 1) per row, in place of the policy's own.
+        memory: tree of (B, ...) from the step before.
     Raises:
         ValueError: the number of thresholds does not fit the network, or one is NaN.
     """
     rule = exit_policy.scorer
     if thresholds is not None:
         check_thresholds(thresholds, (len(inputs), network.exits - 1))
-    state = network.begin(inputs)
+    state = network.begin(inputs, memory)
+    recalled = None
+    if network.reuse is not None:
+        state, recalled = network.reuse.recall(state)
     limits = threshold_rows([exit_policy], network.exits) if thresholds is None else thresholds
     limits = limits.to(state.device).expand(len(state), network.exits - 1)
     scores = torch.full((len(state), network.exits), torch.nan, device=state.device)
@@ -133,7 +144,13 @@ def replay(
     leaves = torch.cat([scores[:, :-1] > limits, torch.ones_like(scores[:, :1], dtype=torch.bool)], dim=1)
     exits = leaves.to(torch.int64).argmax(dim=1)
     chosen = torch.stack(answers, dim=1)[torch.arange(len(state), device=state.device), exits]
-    return RunResult(chosen, exits, state.macs, scores, network.remember(state))
+    if recalled is not None:
+        repeats = recalled.action == 0
+        chosen = torch.where(repeats[:, None], state.memory["answer"], chosen)
+        exits = torch.where(repeats, network.exits, exits)
+        scores = scores.masked_fill(repeats[:, None], torch.nan)
+    remembered = network.remember(replace(state, answer=chosen))
+    return RunResult(chosen, exits, state.macs, scores, remembered, reuse=recalled)
 
 
 def exits_to_build(network: StagedNetwork, rule: Rule, limits: Sequence[Any]) -> list[Any]:

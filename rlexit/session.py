@@ -72,6 +72,7 @@ class Session:
         config = jsonable(dataclasses.asdict(self.domain.config))
         if name == "train":
             settings = self.settings("domain", "env", "data", "backbone", "teacher", "train")
+            settings |= jsonable(self.domain.config.unusual())
             return Stage(
                 self.teacher, name, settings, config, ("state*", "teacher*", "scalars.csv", "tb", "certification")
             )

@@ -51,6 +51,7 @@ class Point:
         decisions_mean: per episode.
         exit_shares: share of decisions per exit; () if there are no exits.
         latency_us_p50: median time of a decision in `setup`, microseconds; NaN if not measured.
+        reuse_share: of decisions that repeated the answer of the step before; what is missing in `exit_shares`.
     """
 
     task: str
@@ -75,6 +76,7 @@ class Point:
     latency_us_p50: float
     latency_us_p95: float
     setup: Setup | None
+    reuse_share: float = 0.0
 
     @property
     def episodes(self) -> int:
@@ -245,6 +247,10 @@ def _point(
     same_thresholds = len({row.thresholds for row in group}) == 1
     widths = {len(row.exit_fractions) for row in group}
     decisions = [row.decisions for row in group]
+    shares: tuple[float, ...] = ()
+    if len(widths) == 1 and first.exit_fractions:
+        shares = tuple(map(float, np.average([row.exit_fractions for row in group], axis=0, weights=decisions)))
+    exits = len(first.thresholds) + 1
     return Point(
         task=first.task,
         method=first.method,
@@ -264,11 +270,8 @@ def _point(
         relative_macs=_compute(by_seed, "relative_macs"),
         macs_mean=_compute(by_seed, "macs_mean").mean,
         decisions_mean=float(np.mean(decisions)),
-        exit_shares=(
-            tuple(map(float, np.average([row.exit_fractions for row in group], axis=0, weights=decisions)))
-            if len(widths) == 1 and first.exit_fractions
-            else ()
-        ),
+        exit_shares=shares[:exits],
+        reuse_share=sum(shares[exits:]),
         latency_us_p50=float(np.mean([row.latency_us_p50 for row in times])) if times else math.nan,
         latency_us_p95=float(np.mean([row.latency_us_p95 for row in times])) if times else math.nan,
         setup=setup if times else None,

@@ -54,6 +54,7 @@ def summary_rows(rows: Sequence[Row], latency: Sequence[LatencyRow] = ()) -> lis
             "relative_macs": point.relative_macs.mean,
             "macs_mean": point.macs_mean,
             "exit_shares": list(point.exit_shares),
+            "reuse_share": point.reuse_share,
             "latency_us_p50": point.latency_us_p50,
             "latency_us_p95": point.latency_us_p95,
             "latency_setup": str(point.setup or ""),
@@ -76,6 +77,7 @@ def summary_table(rows: Sequence[Mapping[str, Any]]) -> RichTable:
         "norm.": [number(row["normalised_return"]) for row in rows],
         "rel. MACs": [number(row["relative_macs"], 3) for row in rows],
         "exits %": [shares_text(row["exit_shares"]) for row in rows],
+        "reuse %": [reuse_text(row["reuse_share"]) for row in rows],
         "us p50 / p95": [times_text(row["latency_us_p50"], row["latency_us_p95"]) for row in rows],
         "n": [str(row["episodes"]) for row in rows],
     }
@@ -108,6 +110,7 @@ def points_table(part: Sequence[Point], folded: str = "", per_seed: bool = True)
         ("MACs", [macs_text(point.macs_mean).removesuffix("MACs").rstrip() for point in part]),
         ("relative MACs", [number(point.relative_macs.mean, 3) for point in part]),
         ("exits %", [shares_text(point.exit_shares) for point in part]),
+        ("reuse %", [reuse_text(point.reuse_share) for point in part]),
         ("latency us p50 / p95", [times_text(point.latency_us_p50, point.latency_us_p95) for point in part]),
         ("n", [count_text(point) for point in part]),
         ("per seed", [" / ".join(map(number, point.per_seed)) if several else "" for point in part]),
@@ -221,6 +224,11 @@ def macs_text(value: float) -> str:
 def shares_text(shares: Sequence[float]) -> str:
     """Percentages per exit, "50 / 20 / 30"."""
     return " / ".join(f"{100 * share:.0f}" for share in shares)
+
+
+def reuse_text(share: float) -> str:
+    """Percentage of repeated answers; nothing where none was."""
+    return f"{100 * share:.0f}" if share else ""
 
 
 def times_text(p50: float, p95: float) -> str:

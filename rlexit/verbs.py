@@ -95,12 +95,15 @@ def calibrate(session: Session, method: str) -> list[ExitPolicy]:
     settings = session.domain.config.calibrate
     costs = cost_table(network, session.domain.example())
     # Before the stage is opened: a target that cannot be met must not stand in the way of the next one.
-    for target in settings.target_macs:
+    # What may be repeated costs less than held-out rows tell: they have no step before. Its target is refinement's.
+    refined, repeats = calibration.refined_policy(network), network.reuse is not None
+    targets = () if repeats else settings.target_macs
+    for target in targets:
         calibration.check_target(costs, target)
     if not session.begin(stage):
         session.console.print(f"calibrate  done already  {folder}")
         return policies_of(session.calibrated(method) or [])
-    found: list[ExitPolicy] = []
+    found: list[ExitPolicy] = [] if refined is None else [refined]
     missed: list[str] = []
 
     def rows(policy: ExitPolicy) -> torch.Tensor:
@@ -110,7 +113,7 @@ def calibrate(session: Session, method: str) -> list[ExitPolicy]:
     def score(inputs: torch.Tensor) -> calibration.Scores:
         return calibration.score_rows(network, settings.rule, inputs, costs)
 
-    for target in settings.target_macs:
+    for target in targets:
         policy = calibration.calibrate_macs(rows, score, network.exits, target, settings.rounds)
         found.append(policy)
         if (cost := policy.provenance["relative_macs"]) > target:
@@ -118,7 +121,7 @@ def calibrate(session: Session, method: str) -> list[ExitPolicy]:
                 f"calibrate  target_macs={target:g}: its own games cost {cost:.3f}, the nearest found in "
                 f"{settings.rounds} rounds. Ask for more `calibrate.rounds`."
             )
-    if settings.max_return_drop:
+    if settings.max_return_drop and not repeats:
         candidates, teacher, floor = _candidates(session, method, network, score(rows(ExitPolicy.full(network.exits))))
         for drop in settings.max_return_drop:
             policy_or_none = calibration.calibrate_loss(candidates, teacher, floor, drop, settings.confidence)
@@ -269,7 +272,7 @@ def _operating_points(
         policies += [ExitPolicy.always(exit, network.exits) for exit in range(network.exits - 1)]
         with session.watch("evaluate", "games") as watch:
             inputs = session.domain.rows(network, ExitPolicy.full(network.exits), CALIBRATION_ROWS, watch)
-        for rule in settings.rules:
+        for rule in calibration.rules_for(network, settings.rules):
             scores = calibration.score_rows(network, rule, inputs, costs)
             grid = calibration.threshold_grid(scores, settings.grid)
             policies += [calibration.shared_policy(rule, threshold, network.exits) for threshold in grid]

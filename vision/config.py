@@ -6,8 +6,9 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rlexit.config import CoreConfig, DistillConfig, EvaluateConfig, HeadConfig, RefineConfig, require
+from rlexit.config import CoreConfig, DistillConfig, EvaluateConfig, HeadConfig, require
 from rlexit.gating_config import GatingConfig
+from rlexit.refine_config import RefineConfig
 
 # The modules of `vision.backbones`, found without importing torch: a new backbone is one new file.
 BACKBONES = tuple(sorted(path.stem for path in (Path(__file__).parent / "backbones").glob("[a-z]*.py")))
@@ -232,6 +233,7 @@ class VisionConfig(CoreConfig):
         network: where it may be left.
         collect: how images reach the heads.
         gating: how gates and trunk learn together.
+        refine: how decisions are refined by reinforcement learning, for methods that are.
     """
 
     domain: str = "vision"

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from agents.backbones import backbones
 from rlexit.config import HeadConfig
 from rlexit.ensembles import Ensemble
 from rlexit.heads import Head, ModuleHead, heads
@@ -82,21 +83,44 @@ def load_sb3(network: StagedNetwork, tensors: Mapping[str, Tensor]) -> None:
     Raises:
         ValueError: a tensor is missing or has another shape.
     """
-    names = {
+    layers = {
         "units.conv1.module.0": "features_extractor.cnn.0",
         "units.conv2.module.0": "features_extractor.cnn.2",
         "units.conv3.module.0": "features_extractor.cnn.4",
         "units.fc.module.1": "features_extractor.linear.0",
         "heads.fc.module": "action_net",
     }
-    own = dict(network.named_parameters())
+    kinds = ("weight", "bias")
+    names = {f"{ours}.{kind}": f"{theirs}.{kind}" for ours, theirs in layers.items() for kind in kinds}
+    copy_tensors(network, tensors, names, "a NatureCNN teacher")
+
+
+def copy_tensors(network: StagedNetwork, tensors: Mapping[str, Tensor], names: Mapping[str, str], advice: str) -> None:
+    """Copies tensors of another library's into a network.
+
+    Args:
+        network: changed in place.
+        tensors: by the other library's names.
+        names: ours to theirs.
+        advice: what to use where one does not fit.
+    Raises:
+        ValueError: a tensor is missing or has another shape.
+    """
+    own = network.state_dict()
     with torch.no_grad():
         for ours, theirs in names.items():
-            for kind in ("weight", "bias"):
-                source, target = tensors.get(f"{theirs}.{kind}"), own[f"{ours}.{kind}"]
-                found = "nothing" if source is None else tuple(source.shape)
-                if source is None or source.shape != target.shape:
-                    raise ValueError(
-                        f"`{theirs}.{kind}` must be {tuple(target.shape)}, got {found}. Use a NatureCNN teacher."
-                    )
-                target.copy_(source)
+            source, target = tensors.get(theirs), own[ours]
+            found = "nothing" if source is None else tuple(source.shape)
+            if source is None or source.shape != target.shape:
+                raise ValueError(f"`{theirs}` must be {tuple(target.shape)}, got {found}. Use {advice}.")
+            target.copy_(source)
+
+
+@backbones.register("nature")
+class Nature:
+    """NatureCNN, SB3's own."""
+
+    taps = ("conv1", "conv2")
+    extractor = None
+    network = staticmethod(nature_network)
+    load = staticmethod(load_sb3)

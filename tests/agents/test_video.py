@@ -27,8 +27,9 @@ from rlexit import session as session_module
 from rlexit.config import METHODS, EvaluateConfig, HeadConfig
 from rlexit.costs import cost_table
 from rlexit.exit_policy import ExitPolicy
+from rlexit.gates.reuse import ReuseGate
 from rlexit.interrupts import StopFlag
-from rlexit.plots import exit_colours
+from rlexit.plots import REUSED, exit_colours
 
 PACMAN = EnvConfig("ms_pacman")
 BREAKOUT = EnvConfig("breakout")
@@ -361,7 +362,7 @@ def session(tmp_path):
     tensors = {f"{theirs}.{kind}": state[f"{ours}.{kind}"] for theirs, ours in names.items() for kind in kinds}
     checkpoint.save(session.teacher, "teacher", tensors, {"env": domain.protocol()})
     exits = domain.network(session.teacher, METHODS["ztw"])
-    learnt = {f"/{key}": value for key, value in session_module.learnt(exits, "ztw").items()}
+    learnt = {f"/{key}": value for key, value in session_module.learnt(session, exits, "ztw").items()}
     checkpoint.save(session.method("ztw"), "policy", learnt, {})
     return session
 
@@ -424,3 +425,22 @@ def test_an_unknown_label_is_answered_with_the_nearest_one(session):
     calibrated(session, replace(ExitPolicy.full(3), label="target_macs=0.5"))
     with pytest.raises(LookupError, match=r"Did you mean 'target_macs=0\.5'\?"):
         verbs.video(session, "ztw", 0, "target_mac=0.5", 5)
+
+
+def test_repeated_steps_are_drawn_as_such():
+    network = actor()
+    torch.manual_seed(1)
+    network.reuse = ReuseGate(9, 2, bias=-9.0)
+    steps = list(islice(video.play(PACMAN, network.eval(), ExitPolicy.always(0, 3), SEED, 1), 6))
+    assert [step.exit for step in steps] == [0, 3, 3, 0, 3, 3]
+    assert [step.action for step in steps[:3]] == [steps[0].action] * 3
+    shown = Panel(steps, ExitPolicy.always(0, 3), ("conv1", "conv2", "full"), action_names(PACMAN), "Pacman")
+    computed, repeated = shown.draw(3), shown.draw(5)
+
+    def colour_at(picture, box):
+        left, _, right, bottom = box
+        return "#{:02x}{:02x}{:02x}".format(*picture.getpixel(((left + right) // 2, bottom - 2)))
+
+    assert colour_at(repeated, shown.cell(0)) == REUSED
+    assert colour_at(repeated, shown.cell(2)) == shown.colours[0] == colour_at(computed, shown.cell(0))
+    assert repeated.getpixel((shown.badge(0)[0] + 2, shown.badge(0)[3] - 12)) != getrgb(shown.colours[0])

@@ -9,7 +9,7 @@ from matplotlib.colors import to_hex
 
 from rlexit import plots, summary
 from rlexit.metrics import Interval
-from tests.rlexit.toy_rows import episodes, latency, references
+from tests.rlexit.toy_rows import episodes, latency, references, row
 
 
 def test_methods_keep_their_colours_and_unknown_ones_differ() -> None:
@@ -97,3 +97,16 @@ def test_legends_stay_inside_the_figure() -> None:
     box = figure.legends[0].get_window_extent()
     assert box.x0 >= 0
     assert box.x1 <= figure.bbox.x1
+
+
+def test_repeated_answers_have_a_colour_of_their_own_in_bars_and_timelines() -> None:
+    points = summary.points([row(exit_fractions=(0.5, 0.0, 0.1, 0.4)), *episodes([1.0], label="plain")])
+    bars = plots.exit_shares(points).axes[0].patches
+    widths = {(to_hex(bar.get_facecolor()), round(bar.get_width(), 3)) for bar in bars}
+    assert (plots.REUSED, 0.4) in widths
+    assert (plots.REUSED, 0.0) in widths
+    figure = plots.exit_timeline([0, -1, 2, -1], [0.9, np.nan, 0.8, np.nan], [0.0, 1.0, 0.0, 0.0])
+    strip = figure.axes[1].images[0]
+    drawn = [to_hex(strip.cmap(strip.norm(value))) for value in (-1, 0, 2)]
+    assert drawn == [plots.REUSED, plots.exit_colours(3)[0], plots.exit_colours(3)[2]]
+    assert "repeated" in {text.get_text() for legend in figure.legends for text in legend.get_texts()}

@@ -10,9 +10,10 @@ from rich.console import Console
 from rlexit import checkpoint, desk, verbs
 from rlexit.checkpoint import CheckpointError
 from rlexit.cli import main
-from rlexit.config import METHODS, RefineConfig
+from rlexit.config import METHODS
 from rlexit.domain import Refining
 from rlexit.interrupts import Stopped
+from rlexit.refine_config import RefineConfig
 from rlexit.rows import read_rows
 from rlexit.runfolder import FolderError
 from rlexit.session import load_network

@@ -226,3 +226,12 @@ def test_with_several_seeds_a_verdict_is_over_seeds() -> None:
 def test_the_shared_protocol_is_canonical() -> None:
     assert summary.flatten({"a": {"b": 1, "c": {"d": 2}}, "e": 3}) == {"a.b": 1, "a.c.d": 2, "e": 3}
     assert row().protocol == PROTOCOL
+
+
+def test_repeated_answers_are_no_exit_but_a_share_of_their_own() -> None:
+    one = row(decisions=100, exit_fractions=(0.5, 0.0, 0.1, 0.4))
+    other = row(decisions=300, exit_fractions=(0.7, 0.0, 0.1, 0.2), episode=1)
+    point = only([one, other], "ztw")
+    assert point.exit_shares == pytest.approx((0.65, 0.0, 0.1))
+    assert point.reuse_share == pytest.approx(0.25)
+    assert only(episodes([1.0]), "ztw").reuse_share == 0

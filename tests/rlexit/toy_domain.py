@@ -24,7 +24,6 @@ from rlexit.config import (
     EvaluateConfig,
     HeadConfig,
     Method,
-    RefineConfig,
     require,
 )
 from rlexit.domain import Act, Batches, Played, Split, Watch
@@ -33,6 +32,7 @@ from rlexit.exit_policy import ExitPolicy, threshold_rows
 from rlexit.heads import LinearHead, ModuleHead
 from rlexit.interrupts import StopFlag, Stopped
 from rlexit.network import StagedNetwork
+from rlexit.refine_config import RefineConfig
 from rlexit.runtime import run
 from rlexit.session import Session
 from rlexit.units import ModuleUnit
@@ -77,6 +77,7 @@ class ToyConfig(CoreConfig):
     env: ToyEnv
     train: ToyTrain = field(default_factory=ToyTrain)
     network: ToyNetwork = field(default_factory=ToyNetwork)
+    refine: RefineConfig = field(default_factory=RefineConfig)
 
 
 CONFIG = ToyConfig
