@@ -229,7 +229,7 @@ class _Looker:
         for share in self.config.budgets:
             thresholds = self._thresholds(rule, share)
             if thresholds is not None:
-                yield self._measured(subject, "honest", rule, share, thresholds)
+                yield self._measured(subject, rule, share, thresholds)
         first = self.costs.exits[0] / subject.full_macs
         if first < 1:
             curve = [self._replayed(rule, float(level)) for level in np.linspace(first, 1, LEVELS)]
@@ -251,10 +251,12 @@ class _Looker:
         return found
 
     def _replayed(self, rule: str, share: float) -> tuple[float, float]:
-        """Spent share of the MACs, and accuracy, with thresholds from held-out images; every exit is known already."""
+        """Spent share of the MACs, and accuracy, with thresholds from held-out images."""
         thresholds = self._thresholds(rule, share)
-        if thresholds is None:
-            return math.nan, math.nan
+        return (math.nan, math.nan) if thresholds is None else self._left(rule, thresholds)
+
+    def _left(self, rule: str, thresholds: Tensor) -> tuple[float, float]:
+        """Spent share of the MACs, and accuracy, where every image leaves by its own thresholds; a replay."""
         leaves = self.seen.scores(rule) > torch.cat([thresholds, torch.full((self.count, 1), -math.inf)], dim=1)
         left = leaves.to(torch.int64).argmax(dim=1)
         macs = torch.tensor(self.costs.exits, dtype=torch.float64)[left]
@@ -271,9 +273,10 @@ class _Looker:
             for held_out, index in self.pairs:
                 limits = budgets.batch_thresholds(held_out.scores("confidence"), shares)
                 thresholds[torch.from_numpy(index)] = torch.tensor(limits)
-            yield self._measured(subject, "batch", "confidence", share, thresholds)
+            spent, value = self._left("confidence", thresholds)
+            yield _budget(subject, self.count, "batch", self.source, "replay", share, value, spent)
 
-    def _measured(self, subject: Subject, choice: str, rule: str, share: float, thresholds: Tensor) -> BudgetRow:
+    def _measured(self, subject: Subject, rule: str, share: float, thresholds: Tensor) -> BudgetRow:
         """Runs all test images, each with its own thresholds."""
         exits: list[Tensor] = []
         macs: list[Tensor] = []
@@ -289,10 +292,10 @@ class _Looker:
             exits.append(result.exits)
             macs.append(result.macs)
         spent = torch.cat(macs).double()
-        if choice == "honest" and rule == "confidence":
+        if rule == "confidence":
             self.kept[share] = torch.cat(exits), spent
         relative = float(spent.mean()) / subject.full_macs
-        return _budget(subject, self.count, choice, self.source, "real", share, right / self.count, relative)
+        return _budget(subject, self.count, "honest", self.source, "real", share, right / self.count, relative)
 
     def show(self, folder: Path) -> None:
         """Classes and pictures at the budget nearest to half of the MACs; nothing where no budget could be met."""

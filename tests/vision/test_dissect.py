@@ -64,7 +64,7 @@ def test_all_test_images_count_and_the_row_says_where_thresholds_are_from(tmp_pa
     _, found = dissected(tmp_path, network, holdout)
     rows = [row for row in found[BudgetRow] if row.choice in ("honest", "batch")]
     assert {row.count for row in rows} == {192}
-    assert {row.execution for row in rows} == {"real"}
+    assert {(row.choice, row.execution) for row in rows} == {("honest", "real"), ("batch", "replay")}
     told = "0.4 of the training images" if holdout else "the other half of the test images, both halves merged"
     assert {row.source for row in rows} == {told}
 
