@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from rlexit import checkpoint
 from rlexit.config import Method
+from rlexit.costs import cost_table
 from rlexit.domain import Act, Batches, Played, Split, Watch
 from rlexit.ensembles import Ensemble, ensembles
 from rlexit.exit_policy import ExitPolicy, threshold_rows
@@ -161,7 +163,11 @@ class VisionDomain:
     ) -> None:
         """Every exit on all test images, compute budgets, classes, easy and hard images; see `vision.dissect`."""
         subject = Subject(self.task, method, run_seed, full_macs)
-        dissect(subject, networks, self.data, self.config.evaluate, folder, watch)
+        # What rivals cost is a budget too, so that exits are asked what they reach with as much.
+        rivals = (cost_table(rival, self.example()).full / full_macs for rival in self._rivals().values())
+        shares = {*self.config.evaluate.budgets, *(math.ceil(share * 1e4) / 1e4 for share in rivals)}
+        config = replace(self.config.evaluate, budgets=tuple(sorted(shares)))
+        dissect(subject, networks, self.data, config, folder, watch)
 
     def example(self) -> Tensor:
         """(1, 3, H, W) uint8."""

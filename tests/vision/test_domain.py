@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from rlexit import checkpoint, dissection, verbs
 from rlexit.cli import main
-from rlexit.config import Method
+from rlexit.config import METHODS, Method
 from rlexit.dissection import BudgetRow, ExitRow
 from rlexit.domain import Domain, Filming, Watch
 from rlexit.exit_policy import ExitPolicy
@@ -213,6 +213,11 @@ def test_given_weights_of_another_depth_are_a_static_rival(tmp_path):
     found = dissection.load(made.teacher / "eval", BudgetRow)
     assert {(row.method, row.label) for row in found} == {("teacher", "full"), ("static", "given depth 14")}
     assert any(row.method == "static" for row in read_latency(made.teacher / "eval" / "latency.csv"))
+    # What it costs is a budget of methods with exits.
+    full = round(mine[0].macs_mean / mine[0].relative_macs)
+    made.domain.dissect({"": made.domain.blank(METHODS["sdn"])}, "sdn", 0, full, tmp_path, Watch())  # type: ignore[attr-defined]
+    shares = {row.budget for row in dissection.load(tmp_path, BudgetRow) if row.choice == "honest"}
+    assert any(0 <= share - mine[0].relative_macs < 1e-4 for share in shares)
 
 
 def test_a_rival_that_is_missing_is_told_before_anything_is_distilled(tmp_path):
