@@ -18,6 +18,10 @@ ESTIMATORS = ("gumbel_sigmoid", "reinforce", "soft", "ste_bernoulli", "ste_det")
 RULES = tuple(sorted(path.stem for path in (Path(__file__).parent / "rules").glob("[a-z]*.py")))
 
 
+# A setting with this mark changes where things lie or how fast they go, but no result, so a finished stage stays finished.
+NEUTRAL = {"neutral": True}
+
+
 def require(condition: bool, name: str, rule: str, value: object, advice: str = "") -> None:
     """Raises ValueError "`name` must <rule>, got <value>. <advice>" unless the condition holds (NaN never does)."""
     if not condition:

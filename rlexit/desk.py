@@ -47,8 +47,6 @@ def console() -> Console:
 
 def work(verb: str, options: argparse.Namespace, config: CoreConfig, place: Place, seeds: Sequence[int]) -> int:
     """Does a verb of one run for every seed; a signal ends it at a safe point with the way to go on."""
-    from rlexit.calibrate import check_target
-    from rlexit.costs import cost_table
     from rlexit.interrupts import Stopped, stop_on_signals
     from rlexit.machine import settle
     from rlexit.session import Session
@@ -59,13 +57,7 @@ def work(verb: str, options: argparse.Namespace, config: CoreConfig, place: Plac
     out = console()
     domain: Domain = import_module(f"{config.domain}.domain").domain(config)
     methods = place.methods or config.methods
-    # A config that cannot be built is told before hours of work, not after.
-    for method in methods:
-        blank = domain.blank(METHODS[method])
-        leaves = METHODS[method].exits and not METHODS[method].static and not METHODS[method].refines
-        if verb in ("run", "calibrate") and leaves:
-            for target in config.calibrate.target_macs:
-                check_target(cost_table(blank, domain.example()), target)
+    _prove(domain, verb, methods)
     with stop_on_signals() as stop:
         # The teacher belongs to all seeds: only the first one may start it over.
         sessions = [
@@ -87,6 +79,28 @@ def work(verb: str, options: argparse.Namespace, config: CoreConfig, place: Plac
             out.print(f"  rlexit {shlex.join(again)}")
             return 128 + (stop.signum or 0)
     return 0
+
+
+def _prove(domain: Domain, verb: str, methods: Sequence[str]) -> None:
+    """Builds and asks what a verb will need: a config that cannot work is told before hours of work, not after."""
+    from rlexit.calibrate import check_target
+    from rlexit.costs import cost_table
+    from rlexit.domain import Labelled, Refining
+
+    config = domain.config
+    for method in methods:
+        kind = METHODS[method]
+        blank = domain.blank(kind)
+        if kind.refines and verb in ("run", "refine") and not isinstance(domain, Refining):
+            raise ValueError(f"`--methods` must be of those that {domain.task} has, got {method!r}, which is refined.")
+        if verb in ("run", "calibrate") and kind.exits and not kind.static and not kind.refines:
+            for target in config.calibrate.target_macs:
+                check_target(cost_table(blank, domain.example()), target)
+    if config.distill.regime != "disjoint" and not isinstance(domain, Labelled):
+        advice = "Only samples with labels train the backbone too."
+        raise ValueError(
+            f"`distill.regime` must be disjoint for {domain.task}, got {config.distill.regime!r}. {advice}"
+        )
 
 
 def _header(session: Session) -> None:

@@ -312,6 +312,7 @@ class Distiller:
         for name, optimizer in self.optimizers.items():
             tensors |= checkpoint.pack_optimizer(optimizer, f"optimizer_{name}")
         tensors["random"] = self.generator.get_state()
+        tensors["random_torch"] = torch.get_rng_state()  # what dropout draws from
         checkpoint.save(self.folder, STATE, tensors, {"buffers": self.buffers, "samples": self.samples})
 
     def _restore(self) -> None:
@@ -322,3 +323,4 @@ class Distiller:
         for name, optimizer in self.optimizers.items():
             checkpoint.unpack_optimizer(optimizer, f"optimizer_{name}", tensors)
         self.generator.set_state(tensors["random"])
+        torch.set_rng_state(tensors["random_torch"])

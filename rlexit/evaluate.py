@@ -209,7 +209,8 @@ def latencies(
 ) -> Iterator[LatencyRow]:
     """Measures single decisions of every operating point on one thread, and larger batches on all of them.
 
-    Batches are timed for exit policies that were calibrated and where nobody leaves early, not for whole grids.
+    Batches are timed for exit policies that were calibrated and where nobody leaves early, not for whole grids; the single
+    decisions of a point come last.
 
     Args:
         domain: names the task.
@@ -225,22 +226,20 @@ def latencies(
     single = inputs[torch.linspace(0, len(inputs) - 1, min(count, len(inputs))).long()][:, None].unbind()
     for policy in subject.policies:
         name = method_name(subject.method, policy.rule)
-        torch.set_num_threads(1)
-        try:
-            p50, p95 = time_calls(partial(run, network, policy), single)
-        finally:
-            torch.set_num_threads(threads)
-        yield LatencyRow(domain.task, name, subject.run_seed, policy.label, 1, p50, p95, 1, "torch eager", describe())
-        if not (policy.provenance or all(limit == math.inf for limit in policy.thresholds)):
-            continue
-        for batch in batches:
+        place = (domain.task, name, subject.run_seed, policy.label)
+        for batch in batches if policy.provenance or all(limit == math.inf for limit in policy.thresholds) else ():
             if batch > len(inputs):
                 continue
             step = len(inputs) // batch
             calls = [inputs[call % step :: step][:batch] for call in range(BATCH_CALLS)]
             p50, p95 = time_calls(partial(run, network, policy), calls, warm_up=2)
-            place = (domain.task, name, subject.run_seed, policy.label, batch)
-            yield LatencyRow(*place, p50, p95, threads, "torch eager", describe())
+            yield LatencyRow(*place, batch, p50, p95, threads, "torch eager", describe())
+        torch.set_num_threads(1)
+        try:
+            p50, p95 = time_calls(partial(run, network, policy), single)
+        finally:
+            torch.set_num_threads(threads)
+        yield LatencyRow(*place, 1, p50, p95, 1, "torch eager", describe())
 
 
 def exit_costs(network: StagedNetwork, costs: CostTable) -> list[tuple[str, int, float]]:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rlexit import dissection
+from rlexit.dissection import BudgetRow, ExitRow, GroupRow
 from rlexit.resources import CONFIG
 from rlexit.rows import LatencyRow, Row, read_latency, read_rows
 from rlexit.summary import RANDOM, REFERENCES, TEACHER, outcomes
@@ -19,28 +21,42 @@ class Evidence:
 
     Args:
         rows: episodes of every folder.
-        latency: timed decisions of all folders.
+        latency: timed decisions of all folders; no row twice, and so are the others.
+        budgets: what labelled sets tell: values at compute budgets.
+        exits: every exit alone.
+        groups: groups of rows.
     """
 
     rows: Mapping[Path, Sequence[Row]]
     latency: Sequence[LatencyRow]
+    budgets: Sequence[BudgetRow] = ()
+    exits: Sequence[ExitRow] = ()
+    groups: Sequence[GroupRow] = ()
 
 
 def gather(folders: Sequence[Path]) -> Evidence:
     """Reads evaluated folders, such as `.../pong/ztw/s0`.
 
     Where two runs made one method in two ways ("ztw" with other settings), its rows bear the runs' names: "ztw (pong)".
+    Runs of one config are one: their seeds are put together.
     """
     rows = {folder: read_if_there(folder / "eval" / "episodes.csv", read_rows) for folder in folders}
-    latency = {folder: read_if_there(folder / "eval" / "latency.csv", read_latency) for folder in folders}
     roots = {folder: _root(folder) for folder in folders}
     names = _names(sorted(set(roots.values())))
     clashing = _clashing(rows, roots)
-    for folder in folders:
-        name = names[roots[folder]]
-        rows[folder] = [_renamed(row, name, clashing) for row in rows[folder]]
-        latency[folder] = [_renamed(row, name, clashing) for row in latency[folder]]
-    return Evidence(rows, [row for found in latency.values() for row in found])
+
+    def told_apart(read: Callable[[Path], list[Any]]) -> list[Any]:
+        # A teacher's rows may stand in several run folders.
+        found = (_renamed(row, names[roots[folder]], clashing) for folder in folders for row in read(folder / "eval"))
+        return list(dict.fromkeys(found))
+
+    return Evidence(
+        {folder: [_renamed(row, names[roots[folder]], clashing) for row in rows[folder]] for folder in folders},
+        told_apart(lambda place: read_if_there(place / "latency.csv", read_latency)),
+        told_apart(lambda place: dissection.load(place, BudgetRow)),
+        told_apart(lambda place: dissection.load(place, ExitRow)),
+        told_apart(lambda place: dissection.load(place, GroupRow)),
+    )
 
 
 def read_if_there(path: Path, reader: Callable[[Path], list[Any]]) -> list[Any]:
@@ -51,18 +67,24 @@ def read_if_there(path: Path, reader: Callable[[Path], list[Any]]) -> list[Any]:
 def _clashing(rows: Mapping[Path, Sequence[Row]], roots: Mapping[Path, Path]) -> set[tuple[str, str]]:
     """(task, method) of which two runs say different things; teachers and chance must be the same ones."""
     seen: dict[tuple[object, ...], set[tuple[object, ...]]] = defaultdict(set)
-    runs: dict[tuple[object, ...], set[Path]] = defaultdict(set)
-    found: set[tuple[str, str]] = set()
+    runs: dict[tuple[str, str], set[Path]] = defaultdict(set)
+    unlike: set[tuple[str, str]] = set()
     for folder, part in rows.items():
         for row in part:
             if row.split != "test" or row.method in (TEACHER, RANDOM):
                 continue
             key, outcome = outcomes(row)
             seen[key].add(outcome)
-            runs[key].add(roots[folder])
-            if len(seen[key]) > 1 and len(runs[key]) > 1:
-                found.add((row.task, row.method))
-    return found
+            runs[row.task, row.method].add(roots[folder])
+            if len(seen[key]) > 1:
+                unlike.add((row.task, row.method))
+    found = {what for what, of in runs.items() if len({_config(root) for root in of}) > 1}
+    return found | {what for what in unlike if len(runs[what]) > 1}
+
+
+def _config(root: Path) -> bytes:
+    path = root / CONFIG
+    return path.read_bytes() if path.is_file() else b""
 
 
 def _renamed(row: Any, name: str, clashing: set[tuple[str, str]]) -> Any:

@@ -16,7 +16,7 @@ import numpy as np
 
 from rlexit import metrics, plots, sections, summary, tables
 from rlexit.checkpoint import write_atomic
-from rlexit.evidence import gather, read_if_there
+from rlexit.evidence import Evidence, gather, read_if_there
 from rlexit.pages import Block, Bullets, Code, Heading, Paragraph, Picture, Table, to_html, to_markdown
 from rlexit.rows import LatencyRow, Row, read_reliability
 from rlexit.runlog import Board, read_scalars
@@ -54,11 +54,11 @@ def write_report(runs: Sequence[Path], out: Path, allow_mixed: bool = False) -> 
     summary.check_protocols(tested, allow_mixed)
     shown = summary.points(tested, latency)
     with Board(out) as board:
-        blocks = _blocks(tested, shown, latency, rows, scalars, _Album(out, board))
+        blocks = _blocks(tested, shown, evidence, scalars, _Album(out, board))
     command = ["rlexit", "report", *map(str, runs), "--out", str(out), *(["--allow-mixed"] if allow_mixed else [])]
     blocks += [Heading("How this was made"), Code(shlex.join(command))]
     write_atomic(out / "report.csv", tables.to_csv(summary_rows(tested, latency)).encode())
-    for name, content in sections.csv_files(folders).items():
+    for name, content in sections.csv_files(evidence).items():
         write_atomic(out / name, content.encode())
     write_atomic(out / "report.md", to_markdown(blocks, out).encode())
     write_atomic(out / "report.html", to_html(blocks, "rlexit report").encode())
@@ -68,8 +68,7 @@ def write_report(runs: Sequence[Path], out: Path, allow_mixed: bool = False) -> 
 def _blocks(
     tested: Sequence[Row],
     shown: Sequence[Point],
-    latency: Sequence[LatencyRow],
-    rows: Mapping[Path, Sequence[Row]],
+    evidence: Evidence,
     scalars: Mapping[Path, plots.Scalars],
     album: _Album,
 ) -> list[Block]:
@@ -80,11 +79,11 @@ def _blocks(
     blocks += _games_blocks(shown, album)
     for title, part in _parts(shown).items():
         blocks += _part_blocks(title, part, album)
-    blocks += sections.blocks(rows)
-    blocks += _episode_blocks(rows, album)
-    blocks += _reliability_blocks(rows, album)
+    blocks += sections.blocks(evidence)
+    blocks += _episode_blocks(evidence.rows, album)
+    blocks += _reliability_blocks(evidence.rows, album)
     blocks += _curve_blocks(scalars, album)
-    blocks += _latency_blocks(latency)
+    blocks += _latency_blocks(evidence.latency)
     blocks += _protocol_blocks(shown)
     return blocks
 

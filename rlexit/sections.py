@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rlexit import dissection, tables
 from rlexit.dissection import CHOICES, BudgetRow, ExitRow, GroupRow, PictureRow
+from rlexit.evidence import Evidence
 from rlexit.pages import Block, Bullets, Heading, Paragraph, Picture, Table
 from rlexit.rows import Record
 from rlexit.summary import SAME_MACS
@@ -22,44 +23,35 @@ MAX_PICTURE_BYTES = 8 << 20
 AREA, FIXED, HONEST = "area", "fixed", "honest"
 
 
-def blocks(folders: Iterable[Path]) -> list[Block]:
-    """Everything that run folders tell about labelled sets; nothing where they tell nothing.
+def blocks(evidence: Evidence) -> list[Block]:
+    """Everything that runs tell about labelled sets; nothing where they tell nothing.
 
-    Args:
-        folders: run folders; files are read from their `eval` folders.
     Raises:
         ValueError: a file is damaged.
     """
-    places = [folder / "eval" for folder in folders]
-    budgets = _unique(row for place in places for row in dissection.load(place, BudgetRow))
-    exits = _unique(row for place in places for row in dissection.load(place, ExitRow))
-    groups = _unique(row for place in places for row in dissection.load(place, GroupRow))
     found: list[Block] = []
-    for task in dict.fromkeys(row.task for row in (*budgets, *exits)):
-        found += _budget_blocks(task, [row for row in budgets if row.task == task])
-        found += _exit_blocks(task, [row for row in exits if row.task == task])
-        found += _group_blocks(task, [row for row in groups if row.task == task])
-    return found + _picture_blocks(places)
+    tasks = [row.task for row in evidence.budgets] + [row.task for row in evidence.exits]
+    for task in dict.fromkeys(tasks):
+        found += _budget_blocks(task, [row for row in evidence.budgets if row.task == task])
+        found += _exit_blocks(task, [row for row in evidence.exits if row.task == task])
+        found += _group_blocks(task, [row for row in evidence.groups if row.task == task])
+    return found + _picture_blocks([folder / "eval" for folder in evidence.rows])
 
 
-def csv_files(folders: Iterable[Path]) -> dict[str, str]:
-    """File name to content: all rows of all folders, one file per kind of row."""
-    places = [folder / "eval" for folder in folders]
-    written: dict[str, str] = {}
-    for kind in (BudgetRow, ExitRow, GroupRow):
-        rows: list[Any] = _unique(row for place in places for row in dissection.load(place, kind))
-        if rows:
-            written[dissection.FILES[kind]] = tables.to_csv([_plain(row) for row in rows])
-    return written
+def csv_files(evidence: Evidence) -> dict[str, str]:
+    """File name to content: all rows of all runs, one file per kind of row."""
+    kinds: dict[type[Record], Sequence[Record]] = {
+        BudgetRow: evidence.budgets,
+        ExitRow: evidence.exits,
+        GroupRow: evidence.groups,
+    }
+    return {
+        dissection.FILES[kind]: tables.to_csv([_plain(row) for row in rows]) for kind, rows in kinds.items() if rows
+    }
 
 
 def _plain(row: Record) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(row).items()}
-
-
-def _unique(rows: Iterable[Any]) -> list[Any]:
-    """Exact repeats dropped, such as one teacher's rows that stand in several run folders."""
-    return list(dict.fromkeys(rows))
 
 
 def _name(row: BudgetRow | ExitRow | GroupRow, seeds: bool) -> str:

@@ -63,9 +63,9 @@ class Session:
         return self.root / method / f"s{self.seed}"
 
     def settings(self, *sections: str) -> dict[str, Any]:
-        """Some sections of the config as JSON values."""
-        config = dataclasses.asdict(self.domain.config)
-        return {name: jsonable(config[name]) for name in sections if name in config}
+        """Some sections of the config as JSON values, without what cannot change a result."""
+        config = self.domain.config
+        return {name: jsonable(_binding(getattr(config, name))) for name in sections if hasattr(config, name)}
 
     def stage(self, name: str, method: str = "") -> Stage:
         """A stage with everything that its result depends on."""
@@ -78,11 +78,12 @@ class Session:
             )
         upstream = {"teacher": weights_hash(self.teacher, TEACHER)}
         if name == "evaluate" and not method:
-            return Stage(self.teacher, name, {**upstream, **self.settings("evaluate", "rivals")}, config, ("eval",))
+            settings = self.settings("env", "data", "evaluate", "rivals")
+            return Stage(self.teacher, name, {**upstream, **settings}, config, ("eval",))
         settings = {"method": method, "seed": self.seed, **upstream}
         if name == "distill":
             learns = ("gates", "gating", "refine") if METHODS[method].gates else ("distill",)
-            sections = self.settings("network", "head", "collect", *learns)
+            sections = self.settings("env", "data", "network", "head", "collect", *learns)
             if METHODS[method].rates_of:
                 settings["source"] = weights_hash(self.method(METHODS[method].rates_of), POLICY)
             return Stage(
@@ -99,6 +100,7 @@ class Session:
             return Stage(
                 self.method(method), name, settings, config, ("state*", "healthy*", "policy*", "scalars.csv", "tb")
             )
+        settings |= self.settings("env", "data")
         settings["policy"] = weights_hash(self.method(method), POLICY)
         if name == "calibrate":
             settings |= self.settings("calibrate")
@@ -211,6 +213,14 @@ def weights_hash(folder: Path, name: str) -> str:
 def policies_of(values: Sequence[dict[str, Any]]) -> list[ExitPolicy]:
     """Exit policies from their JSON values."""
     return [ExitPolicy.from_json(value) for value in values]
+
+
+def _binding(value: Any) -> Any:
+    """A section as a dict, settings marked as neutral left out."""
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    kept = [field.name for field in dataclasses.fields(value) if not field.metadata.get("neutral")]
+    return {name: _binding(getattr(value, name)) for name in kept}
 
 
 def jsonable(value: Any) -> Any:

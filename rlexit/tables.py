@@ -125,27 +125,30 @@ def latency_table(latency: Sequence[LatencyRow]) -> Table | None:
     A grid's points are timed one row at a time only, and are left to the full listing.
     """
     setups = sorted({summary.setup_of(row) for row in latency}, key=lambda setup: (setup.batch, str(setup)))
-    cells: dict[tuple[str, str], dict[Any, list[float]]] = {}
+    cells: dict[tuple[str, str, str], dict[Any, list[float]]] = {}
     for row in latency:
-        name = row.method if len({row.task for row in latency}) == 1 else f"{row.task} {row.method}"
         per_row = row.latency_us_p50 / row.batch
-        cells.setdefault((name, row.label), {}).setdefault(summary.setup_of(row), []).append(per_row)
+        cells.setdefault((row.task, row.method, row.label), {}).setdefault(summary.setup_of(row), []).append(per_row)
     means = {key: {setup: sum(times) / len(times) for setup, times in found.items()} for key, found in cells.items()}
     shown = {key: found for key, found in means.items() if len(found) > 1}
     if not shown:
         return None
     whole = {
-        setup: found[setup] for (name, _), found in means.items() if name.endswith(summary.TEACHER) for setup in found
+        (task, setup): found[setup]
+        for (task, method, _), found in means.items()
+        if method == summary.TEACHER
+        for setup in found
     }
+    several = len({row.task for row in latency}) > 1
     header = ["method", "operating point"]
     for setup in setups:
         header += [f"us per row, {setup}", "of the teacher's"]
     lines = []
-    for (name, label), found in shown.items():
-        line = [name, label]
+    for (task, method, label), found in shown.items():
+        line = [f"{task} {method}" if several else method, label]
         for setup in setups:
             time = found.get(setup, math.nan)
-            line += [number(time), number(time / whole.get(setup, math.nan), 3)]
+            line += [number(time), number(time / whole.get((task, setup), math.nan), 3)]
         lines.append(line)
     return Table(header, lines)
 

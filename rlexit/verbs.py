@@ -19,6 +19,7 @@ from rlexit.costs import cost_table, parameters
 from rlexit.domain import Dissecting, Filming, Refining, Watch
 from rlexit.evaluate import Subject, budgeted, evaluate, exit_costs, latencies, method_name
 from rlexit.exit_policy import ExitPolicy
+from rlexit.interrupts import Stopped
 from rlexit.lessons import distill as distill
 from rlexit.network import StagedNetwork
 from rlexit.rows import append_rows, read_latency, read_rows, write_rows
@@ -299,11 +300,17 @@ def _measure_latency(session: Session, subject: Subject, folder: Path) -> None:
         return
     network, path = subject.network, folder / "latency.csv"
     known = {(row.method, row.label, row.batch) for row in read_latency(path)} if path.exists() else set()
-    if {(method_name(subject.method, policy.rule), policy.label, 1) for policy in subject.policies} <= known:
+    # Single decisions are timed last, so a point that has them is complete.
+    missing = [one for one in subject.policies if (method_name(subject.method, one.rule), one.label, 1) not in known]
+    if not missing:
         return
     inputs = session.domain.rows(network, ExitPolicy.full(network.exits), CALIBRATION_ROWS, Watch(session.stop))
-    timed = latencies(session.domain, subject, inputs, count, session.domain.config.evaluate.latency_batches)
-    append_rows(path, [row for row in timed if (row.method, row.label, row.batch) not in known])
+    batches = session.domain.config.evaluate.latency_batches
+    for row in latencies(session.domain, replace(subject, policies=missing), inputs, count, batches):
+        if (row.method, row.label, row.batch) not in known:
+            append_rows(path, [row])
+        if session.stop():
+            raise Stopped
 
 
 def video(session: Session, method: str, episode: int, label: str | None, steps: int) -> Path:

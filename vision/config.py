@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rlexit.config import CoreConfig, DistillConfig, EvaluateConfig, HeadConfig, require
+from rlexit.config import NEUTRAL, CoreConfig, DistillConfig, EvaluateConfig, HeadConfig, require
 from rlexit.gating_config import GatingConfig
 from rlexit.refine_config import RefineConfig
 
@@ -51,8 +51,8 @@ class DataConfig:
     relabel: str = ""
     crop: int = 4
     flip: bool = True
-    memory_gb: float = 4.0
-    workers: int = 0
+    memory_gb: float = field(default=4.0, metadata=NEUTRAL)
+    workers: int = field(default=0, metadata=NEUTRAL)
     toy_rows: int = 512
     toy_side: int = 16
     toy_classes: int = 4

@@ -122,8 +122,6 @@ class VisionDomain:
                 f"{len(ours['classes'])} of `data.path`. Use the data that it was trained on, or another --out."
             )
         load_weights(self._classifier(), tensors, f"`{folder}`")
-        # Hours later would be too late to learn that a file is missing.
-        self._rivals()
 
     def network(self, teacher: Path, method: Method) -> StagedNetwork:
         """The frozen classifier with fresh early heads; its own exit takes part in the ensemble."""
@@ -174,7 +172,8 @@ class VisionDomain:
         return torch.zeros((1, 3, self.data.side, self.data.side), dtype=torch.uint8)
 
     def blank(self, method: Method) -> StagedNetwork:
-        """The network with exits, untrained; for counting."""
+        """The network with exits, untrained; for counting. Rivals whose weights are missing are told here."""
+        self._rivals()
         return self._of_method(method).eval()
 
     def adopt(self, path: Path, folder: Path) -> None:

@@ -293,6 +293,10 @@ REFUSALS: dict[str, tuple[tuple[str, ...], str]] = {
     "no value": (("train", "toy.yaml", "--distill.steps"), r"`--distill\.steps` needs a value"),
     "a word too many": (("train", "toy.yaml", "now"), r"`now` was not expected"),
     "equal seeds": (("train", "toy.yaml", "--seeds", "1", "1"), r"`--seeds` .*\[1, 1\]"),
+    "a regime without labels": (
+        ("run", "toy.yaml", "--distill.regime", "mixed"),
+        r"`distill\.regime` must be disjoint",
+    ),
     "negative seed": (("train", "toy.yaml", "--seeds", "-1"), r"`--seeds` .*\[-1\]"),
     "a word for a seed": (("train", "toy.yaml", "--seeds", "one"), r"--seeds: invalid int value: 'one'"),
     "no thread": (("train", "toy.yaml", "--threads", "0"), r"`--threads` must be at least 1"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -265,6 +266,25 @@ def test_a_stopped_and_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path
 @pytest.mark.parametrize("kills", [[0], [7], [9, 9, 14], [HEADS + 3]])
 def test_a_killed_and_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, calm, kills):
     assert_same_run(ends(tmp_path, kills=kills), calm)
+
+
+def test_dropout_draws_the_same_after_a_resume(tmp_path):
+    def trained(folder, *draws: int, stop_at: int = HEADS + 1) -> dict[str, Tensor]:
+        for draw in draws:
+            torch.manual_seed(5)
+            head = ModuleHead(nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(4 * 36, ACTIONS)))
+            dropping = StagedNetwork({"only": block(1, 4)}, {"only": head}, ACTIONS)
+            student = StaticStudent([dropping], network().eval(), NoEnsemble(1, ACTIONS))
+            torch.manual_seed(draw)  # whatever else was drawn in the process
+            run = distiller(folder, student)
+            if draw != draws[-1]:
+                run.stop = lambda run=run: run.buffers >= stop_at
+            with nullcontext() if draw == draws[-1] else pytest.raises(Stopped):
+                run.run()
+        return dict(dropping.state_dict())
+
+    whole, resumed = trained(tmp_path / "whole", 6), trained(tmp_path / "resumed", 6, 7, stop_at=4)
+    assert all(torch.equal(value, resumed[key]) for key, value in whole.items())
 
 
 def test_the_reference_resumes_bit_for_bit_too(tmp_path):

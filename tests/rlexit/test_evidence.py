@@ -7,17 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from rlexit import summary
+from rlexit import dissection, summary
+from rlexit.dissection import BudgetRow
 from rlexit.evidence import gather
 from rlexit.resources import CONFIG
 from rlexit.rows import LatencyRow, Row, write_rows
 from tests.rlexit.toy_rows import episodes, plain, references
 
 
-def evaluated(root: Path, rows: Sequence[Row], method: str = "ztw") -> Path:
+def evaluated(
+    root: Path, rows: Sequence[Row], method: str = "ztw", seed: int = 0, config: str = "domain: agents"
+) -> Path:
     root.mkdir(parents=True, exist_ok=True)
-    (root / CONFIG).write_text("domain: agents\n")
-    folder = root / method / "s0"
+    (root / CONFIG).write_text(config)
+    folder = root / method / f"s{seed}"
     write_rows(folder / "eval" / "episodes.csv", rows)
     timed = LatencyRow("pong", method, 0, rows[0].label, 1, 100.0, 120.0, 1, "eager", "a machine")
     write_rows(folder / "eval" / "latency.csv", [timed])
@@ -66,6 +69,27 @@ def test_a_static_network_keeps_its_method_by_which_verdicts_find_it(tmp_path: P
         ("static", "width 0.5 (pong)"),
         ("static", "width 0.5 (pong_demo)"),
     }
+
+
+def test_other_settings_are_no_other_seed_of_the_same_method(tmp_path: Path) -> None:
+    one = evaluated(tmp_path / "pong", episodes([18.0]))
+    other = evaluated(tmp_path / "short", episodes([3.0], run_seed=1), seed=1, config="distill: {steps: 9}")
+    assert methods([one, other]) == ["ztw (pong)", "ztw (short)"]
+
+
+def test_seeds_of_one_config_are_put_together_wherever_they_lie(tmp_path: Path) -> None:
+    one = evaluated(tmp_path / "a" / "pong", episodes([18.0]))
+    other = evaluated(tmp_path / "b" / "pong", episodes([3.0], run_seed=1), seed=1)
+    assert methods([one, other]) == ["ztw"]
+
+
+def test_what_labelled_sets_tell_is_renamed_with_the_rows(tmp_path: Path) -> None:
+    folders = []
+    for name, value in (("pong", 0.8), ("short", 0.9)):
+        folders.append(evaluated(tmp_path / name, episodes([value]), config=name))
+        row = BudgetRow("pong", "ztw", 0, "exits", "honest", "", "real", 0.5, value, 0.49, 10, "accuracy")
+        dissection.write(folders[-1] / "eval", [row])
+    assert [(row.method, row.value) for row in gather(folders).budgets] == [("ztw (pong)", 0.8), ("ztw (short)", 0.9)]
 
 
 def test_two_teachers_of_one_game_are_still_refused(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from rlexit import plots, report
 from rlexit.rows import Row, write_rows
+from rlexit.tables import latency_table
 from tests.rlexit.test_pages import Page
 from tests.rlexit.toy_rows import PROTOCOL, episodes, latency, plain, references, row
 
@@ -298,3 +299,16 @@ def test_the_terminal_table_of_nothing_is_empty() -> None:
 
 def test_the_whole_protocol_is_listed(whole: Report) -> None:
     assert json.dumps(json.loads(PROTOCOL), indent=2) in whole.markdown
+
+
+def test_latencies_are_compared_with_the_teacher_of_the_same_task() -> None:
+    rows = [
+        latency(
+            task=task, method=method, label="full" if method == "teacher" else "half", batch=batch, latency_us_p50=time
+        )
+        for task, method, time in (("a", "teacher", 1000.0), ("a", "ztw", 500.0), ("b", "teacher", 100.0))
+        for batch in (1, 8)
+    ]
+    table = latency_table(rows)
+    assert table is not None
+    assert {line[0]: line[3] for line in table.rows} == {"a teacher": "1.000", "a ztw": "0.500", "b teacher": "1.000"}

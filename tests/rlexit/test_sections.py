@@ -9,6 +9,7 @@ import pytest
 
 from rlexit import dissection, sections
 from rlexit.dissection import BudgetRow, ExitRow, GroupRow, PictureRow
+from rlexit.evidence import gather
 from rlexit.pages import Bullets, Heading, Paragraph, Picture, Table
 
 BUDGET = BudgetRow("pets", "ztw", 0, "exits", "honest", "the other half", "real", 0.5, 0.8, 0.49, 1000, "accuracy")
@@ -26,6 +27,10 @@ def folder_of(path, *rows):
 
 def tables_in(blocks):
     return [block for block in blocks if isinstance(block, Table)]
+
+
+def told(folders):
+    return sections.blocks(gather(folders))
 
 
 @pytest.mark.parametrize("row", [BUDGET, EXIT, GROUP, PICTURE, replace(BUDGET, choice="reference", budget=math.inf)])
@@ -50,8 +55,8 @@ def test_a_row_that_breaks_a_rule_is_refused(row, changes, message):
 
 
 def test_folders_without_such_rows_say_nothing(tmp_path):
-    assert sections.blocks([tmp_path]) == []
-    assert sections.csv_files([tmp_path]) == {}
+    assert told([tmp_path]) == []
+    assert sections.csv_files(gather([tmp_path])) == {}
 
 
 def test_the_budget_table_has_a_line_per_method_and_way_of_choosing(tmp_path):
@@ -60,7 +65,7 @@ def test_the_budget_table_has_a_line_per_method_and_way_of_choosing(tmp_path):
         for share, value in ((0.25, 0.5), (0.5, 0.81), (math.inf, 0.9))
     ]
     rows += [BUDGET, replace(BUDGET, choice="area", budget=1.0, value=0.75), replace(BUDGET, method="sdn", value=0.7)]
-    [table, spent] = tables_in(sections.blocks([folder_of(tmp_path / "ztw", *rows)]))
+    [table, spent] = tables_in(told([folder_of(tmp_path / "ztw", *rows)]))
     assert table.header == ["method", "thresholds", "25 %", "50 %", "max", "mean up to 100 %"]
     assert table.rows == [
         ["ztw", "reference", "50.00", "81.00", "90.00", "-"],
@@ -72,7 +77,7 @@ def test_the_budget_table_has_a_line_per_method_and_way_of_choosing(tmp_path):
 
 
 def test_the_caption_says_what_thresholds_were_chosen_on(tmp_path):
-    blocks = sections.blocks([folder_of(tmp_path, BUDGET)])
+    blocks = told([folder_of(tmp_path, BUDGET)])
     [caption] = [block.text for block in blocks if isinstance(block, Paragraph)]
     assert "1000 test rows" in caption
     assert "the other half" in caption
@@ -87,9 +92,7 @@ def test_a_network_without_exits_is_compared_at_its_own_compute(tmp_path, fixed,
         BUDGET, method="static", label="depth 20", choice="fixed", budget=0.5, relative_macs=0.5, value=fixed
     )
     dear = replace(BUDGET, budget=0.75, relative_macs=0.75, value=0.95)
-    [bullets] = [
-        block for block in sections.blocks([folder_of(tmp_path, BUDGET, dear, static)]) if isinstance(block, Bullets)
-    ]
+    [bullets] = [block for block in told([folder_of(tmp_path, BUDGET, dear, static)]) if isinstance(block, Bullets)]
     [(found, _, text)] = bullets.items
     assert found == badge
     assert "ztw reaches 80.00 % with 0.490" in text
@@ -97,7 +100,7 @@ def test_a_network_without_exits_is_compared_at_its_own_compute(tmp_path, fixed,
 
 def test_a_rival_that_is_cheaper_than_every_budget_is_said_to_be(tmp_path):
     static = replace(BUDGET, method="static", label="tiny", choice="fixed", budget=0.1, relative_macs=0.1)
-    blocks = sections.blocks([folder_of(tmp_path, BUDGET, static)])
+    blocks = told([folder_of(tmp_path, BUDGET, static)])
     [bullets] = [block for block in blocks if isinstance(block, Bullets)]
     assert "ztw has no budget that small" in bullets.items[0][2]
 
@@ -105,11 +108,11 @@ def test_a_rival_that_is_cheaper_than_every_budget_is_said_to_be(tmp_path):
 def test_every_exit_has_a_line_and_every_method_its_columns(tmp_path):
     rows = [
         EXIT,
-        replace(EXIT, exit=1, group="block 2", value=0.8, improvability=0.25, relative_macs=1.1),
+        replace(EXIT, exit=1, group="block 2", value=0.8, improvability=0.25, relative_macs=1.1, relative_ops=1.1),
         replace(EXIT, method="sdn", value=0.5, improvability=math.nan),
         replace(EXIT, method="teacher", label="full"),
     ]
-    [table] = tables_in(sections.blocks([folder_of(tmp_path, *rows)]))
+    [table] = tables_in(told([folder_of(tmp_path, *rows)]))
     assert table.header[2:] == ["ztw MACs", "ztw %", "ztw HI", "sdn MACs", "sdn %", "sdn HI"]
     assert table.rows == [
         ["0", "block 1", "0.300", "60.00", "0.0", "0.300", "50.00", "-"],
@@ -119,14 +122,14 @@ def test_every_exit_has_a_line_and_every_method_its_columns(tmp_path):
 
 def test_a_second_count_is_shown_where_it_says_something_else(tmp_path):
     rows = [replace(EXIT, relative_ops=0.35), replace(EXIT, exit=1, group="block 2", relative_ops=0.9)]
-    [table] = tables_in(sections.blocks([folder_of(tmp_path, *rows)]))
+    [table] = tables_in(told([folder_of(tmp_path, *rows)]))
     assert table.header[-1] == "ztw reference ops"
     assert [line[-1] for line in table.rows] == ["0.350", "0.900"]
 
 
 def test_groups_are_told_from_the_cheapest_on(tmp_path):
     dear = replace(GROUP, group="dog", relative_macs=0.6)
-    blocks = sections.blocks([folder_of(tmp_path, BUDGET, dear, GROUP)])
+    blocks = told([folder_of(tmp_path, BUDGET, dear, GROUP)])
     table = tables_in(blocks)[-1]
     assert [line[0] for line in table.rows] == ["cat", "dog"]
     assert table.rows[0] == ["cat", "70.00", "0.400", "75 / 25", "500"]
@@ -134,9 +137,9 @@ def test_groups_are_told_from_the_cheapest_on(tmp_path):
 
 def test_a_picture_is_shown_or_said_to_be_missing(tmp_path):
     folder = folder_of(tmp_path / "run", PICTURE)
-    assert any(isinstance(block, Paragraph) and "missing" in block.text for block in sections.blocks([folder]))
+    assert any(isinstance(block, Paragraph) and "missing" in block.text for block in told([folder]))
     (folder / "eval" / "images.png").write_bytes(b"png")
-    assert any(isinstance(block, Picture) and block.caption == "easy ones" for block in sections.blocks([folder]))
+    assert any(isinstance(block, Picture) and block.caption == "easy ones" for block in told([folder]))
 
 
 def test_seeds_are_told_apart_and_repeats_are_not_repeated(tmp_path):
@@ -145,12 +148,12 @@ def test_seeds_are_told_apart_and_repeats_are_not_repeated(tmp_path):
         folder_of(tmp_path / "again", BUDGET),
         folder_of(tmp_path / "s1", replace(BUDGET, run_seed=1)),
     ]
-    [table, _] = tables_in(sections.blocks(folders))
+    [table, _] = tables_in(told(folders))
     assert [line[0] for line in table.rows] == ["ztw, seed 0", "ztw, seed 1"]
-    assert sections.csv_files(folders)["budgets.csv"].count("\n") == 3
+    assert sections.csv_files(gather(folders))["budgets.csv"].count("\n") == 3
 
 
 def test_the_section_has_a_title_per_task(tmp_path):
-    blocks = sections.blocks([folder_of(tmp_path, BUDGET, replace(BUDGET, task="birds"))])
+    blocks = told([folder_of(tmp_path, BUDGET, replace(BUDGET, task="birds"))])
     titles = [block.text for block in blocks if isinstance(block, Heading)]
     assert titles == ["Accuracy at a compute budget: pets", "Accuracy at a compute budget: birds"]
