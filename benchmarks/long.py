@@ -27,9 +27,10 @@ from agents.config import EnvConfig, PPOConfig
 from benchmarks.speed import ACTIONS, student
 from rlexit import checkpoint, machine
 from rlexit.config import DistillConfig
-from rlexit.distill import Distiller, ExitStudent
+from rlexit.distill import Distiller
 from rlexit.interrupts import Stopped
 from rlexit.runlog import read_scalars
+from rlexit.students import ExitStudent
 
 CSV = "curve.csv"
 MARKS = (0.25, 0.5, 0.75, 1.0)
