@@ -220,12 +220,10 @@ def test_given_weights_of_another_depth_are_a_static_rival(tmp_path):
     assert any(0 <= share - mine[0].relative_macs < 1e-4 for share in shares)
 
 
-def test_a_rival_that_is_missing_is_told_before_anything_is_distilled(tmp_path):
+def test_a_rival_that_is_missing_is_told_when_the_config_is_proved(tmp_path):
     made = session(tmp_path / "run", replace(SMALL, rivals=("14=/nowhere/deep.pt",)))
-    verbs.train(made)
     with pytest.raises(ImportRefused, match="`/nowhere/deep.pt` is missing"):
-        verbs.distill(made, "ztw")
-    assert not made.method("ztw").exists()
+        made.domain.blank(METHODS["ztw"])
     with pytest.raises(ValueError, match="`rivals` must be of DEPTH=FILE, got 'deep.pt'"):
         replace(SMALL, rivals=("deep.pt",))
 
