@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from scipy import stats
 from torch import Tensor
 
-from rlexit.costs import CostTable
+from rlexit.costs import CostTable, spent_at_exits
 from rlexit.exit_policy import ExitPolicy
 from rlexit.network import StagedNetwork
 from rlexit.rows import ReliabilityRow
@@ -62,6 +62,10 @@ def score_rows(network: StagedNetwork, rule_name: str, inputs: Any, costs: CostT
         costs: of the network.
         chunk: rows at a time.
     """
+    if network.gates:
+        # What rows skip on their way counts: an exit costs what it costs them, on average.
+        spent = torch.cat([spent_at_exits(network, rows) for rows in inputs.split(chunk)])
+        costs = replace(costs, exits=tuple(round(macs) for macs in spent.double().mean(dim=0).tolist()))
     open_exits = ExitPolicy(rule_name, (math.inf,) * (network.exits - 1))
     parts = [replay(network, open_exits, rows).scores[:, :-1] for rows in inputs.split(chunk)]
     return Scores(torch.cat(parts), costs, rule_name)

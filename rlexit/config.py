@@ -33,7 +33,7 @@ class HeadConfig:
     """How the head of an exit is built.
 
     Args:
-        kind: registered head: `pooled_conv` or `linear`.
+        kind: registered head: `pooled_conv`, `linear` or `branch` (DDI's, of convolutions and poolings).
         layer_norm: in a cascade, normalise the logits of the exit before.
         stop_gradient: let no gradient flow from a head into the one before it.
         stride: of the head's 3x3 convolution; 0 leaves the convolution out.

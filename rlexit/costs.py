@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 
 from rlexit.gates import Gate
 from rlexit.network import StagedNetwork
@@ -69,6 +70,25 @@ def cost_table(network: StagedNetwork, inputs: Any) -> CostTable:
             exits.append(int(state.macs))
     full = sum(units.values()) + heads[network.exit_names[-1]]
     return CostTable(units, heads, tuple(exits), full)
+
+
+@torch.no_grad()
+def spent_at_exits(network: StagedNetwork, inputs: Any) -> Int[Tensor, "batch exits"]:
+    """(B, K) multiply-adds that each row has spent when it is answered at each exit, all heads before it included.
+
+    Args:
+        network: in evaluation mode; its gates decide greedily.
+        inputs: (B, ...) raw inputs.
+    """
+    state = network.begin(inputs)
+    found: list[Tensor] = []
+    while not network.finished(state):
+        state, decision = network.decide(state)
+        state = network.advance(state, decision)
+        if network.at_exit(state):
+            state = network.answer(state)
+            found.append(state.macs)
+    return torch.stack(found, dim=1)
 
 
 def parameters(module: nn.Module) -> int:

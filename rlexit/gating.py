@@ -10,14 +10,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rlexit import checkpoint
 from rlexit.batchnorm import frozen
 from rlexit.domain import Batches, Watch
-from rlexit.gatelearning import GateLearner, Plan, cosine
+from rlexit.gatelearning import STATE, GateLearner, Plan, cosine
 from rlexit.gates.estimators import estimators
 from rlexit.gating_config import GatingConfig
 from rlexit.network import StagedNetwork
 from rlexit.objectives import cross_entropy, kl_divergence
 from rlexit.resource import ResourceLoss
+from rlexit.warmup import warm_up
 
 
 class GateTrainer(GateLearner):
@@ -70,6 +72,13 @@ class GateTrainer(GateLearner):
             config.cost, config.price, config.target_macs, rate=config.dual_rate, price_max=config.price_max
         )
         self.stochastic = estimators[estimator]().stochastic
+
+    def run(self) -> dict[str, float]:
+        """The warm-up if there is one, then as `GateLearner.run`."""
+        fresh = not checkpoint.exists(self.folder, STATE)
+        if self.config.warm_up and fresh and list(self.network.gates.parameters()):
+            warm_up(self.network, self._inputs(self.config.warm_up))
+        return super().run()
 
     def extra(self) -> dict[str, Any]:
         """The price."""

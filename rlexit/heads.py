@@ -170,6 +170,56 @@ class LinearHead(Head):
         return self.linear(flat)
 
 
+@heads.register("branch")
+class BranchHead(Head):
+    """Maxpools with 3x3 convolutions down to 8 x 8 or less and 64 channels, mean over positions, one linear layer.
+
+    The earlier an exit, the more it pools: its map is fine, and the features that tell classes apart are coarse.
+
+    Args:
+        shape: (C, H, W) of the features.
+        outputs: A, classes or actions.
+        config: see `HeadConfig`; only the cascade fields are read.
+        reads_previous: whether it is fed the logits of the exit before.
+    Raises:
+        ValueError: the features are no map.
+    Source: Wang et al. 2020 (DDI), arXiv 1907.04523, section III-C, which leaves the layers open; these are ours.
+    """
+
+    COARSE, WIDTH = 8, 64
+
+    def __init__(self, shape: tuple[int, ...], outputs: int, config: HeadConfig, reads_previous: bool) -> None:
+        super().__init__()
+        if len(shape) != 3:
+            raise ValueError(f"`head.kind` branch must read a (C, H, W) map, got shape {shape}. Use linear there.")
+        channels, side = shape[0], max(shape[1:])
+        pools = 0
+        while side > self.COARSE:
+            side, pools = (side + 1) // 2, pools + 1
+        layers: list[nn.Module] = []
+        for index in range(max(pools, 1)):
+            last = index == max(pools, 1) - 1
+            after = self.WIDTH if last else min(2 * channels, self.WIDTH)
+            layers += [nn.MaxPool2d(2, ceil_mode=True)] if pools else []
+            layers += [
+                nn.Conv2d(channels, after, 3, padding=1, bias=False),
+                nn.BatchNorm2d(after),
+                nn.ReLU(inplace=True),
+            ]
+            channels = after
+        self.reads_previous = reads_previous
+        self.body = nn.Sequential(*layers)
+        self.cascade = CascadeInput(outputs, config.layer_norm, config.stop_gradient) if reads_previous else None
+        self.linear = nn.Linear(channels + (outputs if reads_previous else 0), outputs)
+
+    def forward(self, features: Tensor, previous: Tensor | None = None) -> Tensor:
+        """Features (B, C, H, W) to logits (B, A)."""
+        flat = self.body(features).mean(dim=(2, 3))
+        if self.cascade is not None:
+            flat = self.cascade(flat, previous)
+        return self.linear(flat)
+
+
 class ModuleHead(Head):
     """Any module as a head, such as the backbone's own last layer.
 

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from rlexit import checkpoint, verbs
+from rlexit.calibrate import score_rows
 from rlexit.config import METHODS, GateConfig, Method
 from rlexit.costs import cost_table
 from rlexit.domain import Gating, Refining, Watch
@@ -226,6 +227,28 @@ def test_hard_budgets_are_operating_points_and_one_below_the_cheapest_path_is_re
     rows = read_rows(made.method("ddi") / "eval" / "episodes.csv")
     assert {row.label for row in rows} == {"budget=0.6", "budget=1.8"}
     assert all(row.relative_macs <= float(row.label.removeprefix("budget=")) for row in rows)
+
+
+def test_a_warm_up_opens_gates_that_start_shut_and_moves_nothing_else(teacher, tmp_path):
+    gating = replace(TINY.gating, warm_up=960, steps=32, price=0.0, cost="linear", learning_rate=1e-9, recalibrate=0)
+    made = VisionDomain(replace(TINY, gates=GateConfig(bias=-0.5), gating=gating))
+    network = made.network(teacher / "teacher", METHODS["layer_gates"])
+    before = {key: value.clone() for key, value in network.units.state_dict().items()}
+    facts = made.learn_gates(network, teacher / "teacher", METHODS["layer_gates"], tmp_path, 0, Watch())
+    assert facts["gate/legacy_cp"] > 0.9
+    for key, value in network.units.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=1e-5, atol=1e-6)
+
+
+def test_what_gated_rows_skip_counts_when_thresholds_are_solved(teacher):
+    made = VisionDomain(replace(TINY, gates=GateConfig(bias=-3.0)))
+    network = made.network(teacher / "teacher", METHODS["ddi"]).eval()
+    table, pixels = cost_table(network, made.example()), made.data.evaluated("calibration").pixels
+    scores = score_rows(network, "confidence", pixels, table)
+    assert scores.costs.exits[-1] < 0.8 * table.exits[-1]
+    result = run(network, ExitPolicy.always(2, network.exits), pixels)
+    heads = sum(table.heads[name] for name in network.exit_names[:2])
+    assert scores.costs.exits[2] == pytest.approx(float(result.macs.double().mean()) + heads, rel=1e-6)
 
 
 # ---- what is refused ----

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from rlexit.config import GateConfig
+from rlexit.config import GateConfig, HeadConfig
 from rlexit.costs import cost_table
 from rlexit.gatelearning import legacy_cp
+from rlexit.gates import Site, build_gates
 from rlexit.network import StagedNetwork
-from vision.config import BackboneConfig
+from vision.config import BackboneConfig, NetworkConfig
 from vision.network import Gating, classifier
 
 RESNET_10_AT_112 = 0.236e9  # BlockDrop's policy net for ImageNet
@@ -80,3 +82,36 @@ def test_skipnet_s_percentage_counts_blocks_alike_and_differs_from_true_macs():
         assert macs / table.full == pytest.approx(expected, abs=1e-3)
     assert legacy_cp([1.0] * 17) == 1.0
     assert legacy_cp([]) == 1.0
+
+
+def test_ddi_s_branches_cost_less_than_a_twentieth_of_the_backbone_each():
+    taps = tuple(f"layer{group}_{index}" for group in (1, 2, 3) for index in (1, 6))
+    config = BackboneConfig(depth=56, shortcut="A")
+    network = classifier(config, 10, 32, network=NetworkConfig(taps=taps), head=HeadConfig(kind="branch")).eval()
+    table = cost_table(network, images())
+    heads = [table.heads[name] for name in taps]
+    # Two poolings in the first group, one in the second, none in the third: each ends on 8 x 8 with 64 channels.
+    convolutions = [9 * 16 * 32 * 16 * 16 + 9 * 32 * 64 * 64, 9 * 32 * 64 * 64, 9 * 64 * 64 * 64]
+    assert heads == [macs + 640 for macs in convolutions for _ in range(2)]
+    assert max(heads) < 0.05 * table.full
+
+
+@torch.no_grad()
+def test_densenet_s_light_gate_costs_an_eighth_of_its_layers_and_the_convolution_four_networks():
+    network = classifier(BackboneConfig("densenet", 100), 10, 32).eval()
+    full = cost_table(network, images()).full
+    spent = dict.fromkeys(("dense_channel", "conv_channel"), 0)
+    state = network.begin(images())
+    while not network.finished(state):
+        name = network.unit_names[state.unit]
+        unit: Any = network.units[name]
+        if name.startswith("block"):
+            seen = replace(state, features=unit.glance(state.features))
+            for kind in spent:
+                site = Site(name, seen.features.shape[1], 12)
+                gate = build_gates([site], GateConfig(kind=kind))[name]
+                spent[kind] += int(gate.macs(seen))
+        state = network.advance(state)
+        state = network.answer(state) if network.at_exit(state) else state
+    assert spent["dense_channel"] / full == pytest.approx(0.1093, abs=2e-4)
+    assert spent["conv_channel"] / full == pytest.approx(3.89, abs=0.01)
