@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from scipy import stats
 from torch import Tensor
 
-from rlexit.costs import CostTable, spent_at_exits
+from rlexit.costs import CostTable, measured_costs
 from rlexit.exit_policy import ExitPolicy
 from rlexit.network import StagedNetwork
 from rlexit.rows import ReliabilityRow
@@ -64,8 +64,7 @@ def score_rows(network: StagedNetwork, rule_name: str, inputs: Any, costs: CostT
     """
     if network.gates:
         # What rows skip on their way counts: an exit costs what it costs them, on average.
-        spent = torch.cat([spent_at_exits(network, rows) for rows in inputs.split(chunk)])
-        costs = replace(costs, exits=tuple(round(macs) for macs in spent.double().mean(dim=0).tolist()))
+        costs = measured_costs(network, inputs.split(chunk))
     open_exits = ExitPolicy(rule_name, (math.inf,) * (network.exits - 1))
     parts = [replay(network, open_exits, rows).scores[:, :-1] for rows in inputs.split(chunk)]
     return Scores(torch.cat(parts), costs, rule_name)

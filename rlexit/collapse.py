@@ -24,19 +24,20 @@ class CollapseWatch:
     @property
     def healthy(self) -> bool:
         """Whether this is a state to go back to: not all shut, and not all open for so long that it is a collapse."""
-        return not self.shut and self.open < self.after
+        return not self.shut and (not self.after or self.open < self.after)
 
-    def observe(self, shares: Mapping[str, float]) -> str | None:
+    def observe(self, shares: Mapping[str, float], may_be_open: bool = False) -> str | None:
         """Takes in one update.
 
         Args:
             shares: gate to share of rows for which it was open, in [0, 1].
+            may_be_open: all open is as it should be at this time, because nothing presses on compute yet.
         Returns:
             A warning with the way out in the update that makes it a collapse, else None.
         """
         values = shares.values()
         self.shut = self.shut + 1 if values and max(values) <= SHUT else 0
-        self.open = self.open + 1 if values and min(values) >= OPEN else 0
+        self.open = self.open + 1 if values and not may_be_open and min(values) >= OPEN else 0
         for count, word, advice in zip((self.shut, self.open), ("shut", "open"), self.advice, strict=True):
             if count == self.after:
                 return f"all {len(shares)} gates were {word} for {count} updates: they have collapsed. {advice}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -89,6 +90,21 @@ def spent_at_exits(network: StagedNetwork, inputs: Any) -> Int[Tensor, "batch ex
             state = network.answer(state)
             found.append(state.macs)
     return torch.stack(found, dim=1)
+
+
+def measured_costs(network: StagedNetwork, batches: Iterable[Any]) -> CostTable:
+    """A cost table whose exits cost what rows really spend on their way, on average: what they skip is not counted.
+
+    Args:
+        network: in evaluation mode.
+        batches: raw inputs, one batch at least.
+    """
+    parts = list(batches)
+    table = cost_table(network, parts[0])
+    if not network.gates:
+        return table
+    spent = torch.cat([spent_at_exits(network, part) for part in parts])
+    return replace(table, exits=tuple(round(macs) for macs in spent.double().mean(dim=0).tolist()))
 
 
 def parameters(module: nn.Module) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from torch import Tensor
 from rlexit import checkpoint
 from rlexit.batchnorm import frozen
 from rlexit.domain import Batches, Watch
+from rlexit.energy import EnergyTable
 from rlexit.gatelearning import STATE, GateLearner, Plan, cosine
 from rlexit.gates.estimators import estimators
 from rlexit.gating_config import GatingConfig
-from rlexit.network import StagedNetwork
+from rlexit.network import StagedNetwork, Trace
 from rlexit.objectives import cross_entropy, kl_divergence
 from rlexit.resource import ResourceLoss
 from rlexit.warmup import warm_up
@@ -33,6 +35,7 @@ class GateTrainer(GateLearner):
         batches: where samples come from.
         config: settings.
         full: multiply-adds of the head-free network, every gate open.
+        energy: prices compute in place of multiply-adds; None for these.
         estimator: registered name, of the gates.
         folder: for checkpoints and curves.
         seed: of stochastic gates.
@@ -47,6 +50,7 @@ class GateTrainer(GateLearner):
         batches: Batches,
         config: GatingConfig,
         full: int,
+        energy: EnergyTable | None,
         estimator: str,
         folder: Path,
         seed: int,
@@ -67,7 +71,7 @@ class GateTrainer(GateLearner):
         if fresh:
             optimizers["fresh"] = torch.optim.Adam(fresh, lr=config.fresh_learning_rate, fused=True)
         super().__init__(network, batches, plan, optimizers, folder, seed, watch)
-        self.config, self.original = config, original
+        self.config, self.original, self.energy = config, original, energy
         self.resource = ResourceLoss(
             config.cost, config.price, config.target_macs, rate=config.dual_rate, price_max=config.price_max
         )
@@ -79,6 +83,11 @@ class GateTrainer(GateLearner):
         if self.config.warm_up and fresh and list(self.network.gates.parameters()):
             warm_up(self.network, self._inputs(self.config.warm_up))
         return super().run()
+
+    @property
+    def pressed(self) -> bool:
+        """Whether the target has come down to its value."""
+        return self.done >= self.config.anneal
 
     def extra(self) -> dict[str, Any]:
         """The price."""
@@ -102,7 +111,7 @@ class GateTrainer(GateLearner):
             trace = network(inputs, generator=self.generator if self.stochastic else None)
         logits = trace.logits.float()
         task = self._task(inputs, labels, logits)
-        relative = trace.expected_macs / self.plan.full
+        relative = self._compute(trace)
         price = self.resource.price
         loss = task.mean() + self.resource(relative)
         for optimizer in self.optimizers.values():
@@ -113,10 +122,25 @@ class GateTrainer(GateLearner):
         self.resource.update(float(relative.detach().mean()))
         answers = logits.detach()[:, -1].log_softmax(dim=-1)
         facts = {"loss": float(loss.detach()), "gating/task": float(task.detach().mean())}
-        facts |= {"gating/relative_macs": float(relative.detach().mean()), "gating/price": price}
+        macs = float(trace.expected_macs.detach().mean()) / self.plan.full
+        facts |= {
+            "gating/relative_cost": float(relative.detach().mean()),
+            "gating/price": price,
+            "gating/macs_all_exits": macs,
+        }
+        if self.energy is not None:
+            facts |= {f"energy/{name}": value for name, value in asdict(self.energy.model).items()}
         if labels is not None:
             facts["gating/accuracy"] = float((answers.argmax(dim=-1) == labels).double().mean())
         return answers, facts | self.shares(trace.decisions)
+
+    def _compute(self, trace: Trace) -> Float[Tensor, " batch"]:
+        """(B,) what a row that goes to the end costs, relative to the full network: no early head is built for it."""
+        early = {f"heads.{name}" for name in self.network.exit_names[:-1]}
+        parts = {name: value for name, value in trace.expected_parts.items() if name not in early}
+        if self.energy is not None:
+            return self.energy.relative(parts)
+        return torch.stack(list(parts.values())).sum(dim=0) / self.plan.full
 
     def _statistics(self) -> Any:
         """Batch statistics of the trunk: frozen, or as training has them; those of gates and added heads move."""

@@ -20,8 +20,9 @@ class GatingConfig:
             that start open by their bias.
         cost: how compute enters the loss: `linear` (price times compute), or towards `target_macs`: `dual` (the price
             rises above the target and falls below), `sign_target` (its sign flips there), `deadband` (0 around it).
+        resource: what compute is counted in: `macs`, or `energy` by a three-level memory model whose constants are told.
         price: lambda, nats per full network; where a target is given, its first value.
-        target_macs: mean compute, gates included, relative to the full network.
+        target_macs: mean compute of going to the end, gates included, relative to the full network; in `resource`.
         dual_rate: step of the price per update and per relative MACs above the target.
         price_max: the dual price stays in 0..price_max.
         anneal: share of the steps in which the target falls from 1 to its value.
@@ -43,6 +44,7 @@ class GatingConfig:
     steps: int = 100_000
     warm_up: int = 0
     cost: str = "dual"
+    resource: str = "macs"
     price: float = 0.0
     target_macs: float = 0.5
     dual_rate: float = 0.02
@@ -66,6 +68,7 @@ class GatingConfig:
         for name in ("steps", "collapse_after", "checkpoint_buffers"):
             require(getattr(self, name) >= 1, f"gating.{name}", "be at least 1", getattr(self, name))
         require(self.cost in COSTS, "gating.cost", f"be one of {', '.join(COSTS)}", self.cost)
+        require(self.resource in ("macs", "energy"), "gating.resource", "be macs or energy", self.resource)
         advice = "A negative price pays for compute."
         require(0 <= self.price < math.inf, "gating.price", "be at least 0", self.price, advice)
         for name in ("warm_up", "dual_rate", "price_max", "weight_decay", "distillation", "recalibrate"):

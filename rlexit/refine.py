@@ -66,7 +66,7 @@ class PathRefiner(GateLearner):
         seed: int,
         watch: Watch,
     ) -> None:
-        priced = config.price > 0 or config.target_macs > 0
+        priced = algo != "ppo" or config.price > 0
         after = config.collapse_after if priced else 0
         plan = Plan(config.steps, config.checkpoint_updates, after, recalibrate, full, "refine")
         gates = {id(parameter) for parameter in network.gates.parameters()}

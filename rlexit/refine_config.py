@@ -123,4 +123,6 @@ class RefineConfig:
             require(0 < getattr(self, name) < math.inf, f"refine.{name}", "be positive", getattr(self, name))
         for name in ("gamma", "gae_lambda"):
             require(0 <= getattr(self, name) <= 1, f"refine.{name}", "be in [0, 1]", getattr(self, name))
+        moves = self.price > 0 or not self.target_macs
+        require(moves, "refine.price", "be positive where refine.target_macs stands", self.price, "It is what moves.")
         require(self.trunk in ("frozen", "trained"), "refine.trunk", "be frozen or trained", self.trunk)

@@ -15,7 +15,7 @@ from torch import Tensor
 from rlexit import dissection
 from rlexit.calibrate import Scores, TargetError, solve_macs
 from rlexit.config import EvaluateConfig
-from rlexit.costs import CostTable, cost_table
+from rlexit.costs import CostTable, measured_costs
 from rlexit.dissection import BudgetRow, ExitRow, GroupRow, PictureRow
 from rlexit.domain import Watch
 from rlexit.evaluate import method_name
@@ -125,14 +125,15 @@ def dissect(
     found: list[BudgetRow] = []
     for name, network in networks.items():
         seen = see(network, data.tested, config.n_envs, watch)
-        costs = cost_table(network, data.tested.pixels[:1])
+        costs = measured_costs(network, data.tested.pixels.split(config.n_envs))
         exits += _exit_rows(subject, name or LABEL, network, seen, costs)
         if network.exits == 1:
             spent = costs.exits[-1] / subject.full_macs
             value = float(seen.right[:, 0].double().mean())
             found.append(_budget(subject, len(seen.labels), "fixed", "", "real", spent, value, spent, name or LABEL))
             continue
-        looker = _Looker(subject, network, seen, _pairs(network, seen, data, config, watch), data, config, watch)
+        pairs = _pairs(network, seen, data, config, watch)
+        looker = _Looker(subject, network, seen, pairs, costs, data, config, watch)
         for rule in ("confidence", "patience"):
             method = method_name(subject.method, rule)
             if rule == "confidence" or (method != subject.method and rule in config.rules):
@@ -189,13 +190,14 @@ class _Looker:
         network: StagedNetwork,
         seen: Seen,
         pairs: Sequence[tuple[Seen, np.ndarray]],
+        costs: CostTable,
         data: DataSet,
         config: EvaluateConfig,
         watch: Watch,
     ) -> None:
         self.subject, self.network, self.seen, self.pairs = subject, network, seen, pairs
         self.data, self.config, self.watch = data, config, watch
-        self.costs = cost_table(network, data.tested.pixels[:1])
+        self.costs = costs
         self.count = len(seen.labels)
         held_out = f"{data.config.holdout:g} of the training images"
         crossed = "the other half of the test images, both halves merged"

@@ -11,6 +11,7 @@ from torch import Tensor
 from rlexit.config import Method
 from rlexit.costs import cost_table
 from rlexit.domain import Batches, Watch
+from rlexit.energy import energy_table
 from rlexit.gating import GateTrainer
 from rlexit.network import StagedNetwork
 from rlexit.refine import PathRefiner
@@ -70,8 +71,9 @@ def learn_gates(
     if not method.priced:
         config = replace(config, cost="linear", price=0.0)
     original = domain.network(teacher, Method()) if config.distillation else None
+    energy = energy_table(network, domain.example()) if config.resource == "energy" else None
     estimator = domain.config.gates.estimator
-    return GateTrainer(network, original, batches, config, full, estimator, folder, seed, watch).run()
+    return GateTrainer(network, original, batches, config, full, energy, estimator, folder, seed, watch).run()
 
 
 def refine(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from rlexit import checkpoint, verbs
+from rlexit import checkpoint, dissection, verbs
 from rlexit.calibrate import score_rows
 from rlexit.config import METHODS, GateConfig, Method
 from rlexit.costs import cost_table
@@ -95,12 +95,16 @@ def test_every_system_goes_from_the_teacher_to_rows(layer_gates, method):
     labels = {row.label for row in rows}
     assert labels == ({"target_macs=0.9"} if METHODS[method].exits else {"gates"})
     assert sum(row.decisions for row in rows) == 192
+    if not METHODS[method].exits:
+        # What is told of the whole test set is what its rows really executed.
+        [told] = dissection.load(layer_gates / method / "s0" / "eval", dissection.BudgetRow)
+        assert told.relative_macs == pytest.approx(sum(r.relative_macs * r.decisions for r in rows) / 192, abs=1e-3)
 
 
 def test_a_dual_price_brings_layer_gates_to_their_target_and_says_so_on_the_way(layer_gates):
     made = session(layer_gates)
     folder = made.method("layer_gates")
-    spent = curve(folder, "gating/relative_macs")
+    spent = curve(folder, "gating/relative_cost")
     assert spent[-1] < 0.75 < spent[0]
     assert max(curve(folder, "gating/price")) > 0
     assert len(curve(folder, "gate/open_frac/layer3_1")) == len(spent)
@@ -251,6 +255,26 @@ def test_what_gated_rows_skip_counts_when_thresholds_are_solved(teacher):
     assert scores.costs.exits[2] == pytest.approx(float(result.macs.double().mean()) + heads, rel=1e-6)
 
 
+def test_energy_can_be_what_is_priced_and_its_constants_are_told(teacher, tmp_path):
+    gating = replace(TINY.gating, resource="energy", steps=64, recalibrate=0)
+    made = VisionDomain(replace(TINY, gating=gating))
+    network = made.network(teacher / "teacher", METHODS["iadi"])
+    facts = made.learn_gates(network, teacher / "teacher", METHODS["iadi"], tmp_path, 0, Watch())
+    assert facts["energy/dram"] == 200
+    assert facts["energy/mac"] == 1
+    assert 0 < facts["gating/relative_cost"] < 3
+
+
+def test_heads_that_are_not_built_on_the_way_are_not_priced(teacher, tmp_path):
+    gating = replace(TINY.gating, steps=64, cost="linear", price=0.0, fresh_learning_rate=1e-9, recalibrate=0)
+    made = VisionDomain(replace(TINY, gates=GateConfig(bias=5.0), gating=gating))
+    network = made.network(teacher / "teacher", METHODS["ddi"])
+    facts = made.learn_gates(network, teacher / "teacher", METHODS["ddi"], tmp_path, 0, Watch())
+    table = cost_table(network, made.example())
+    heads = sum(table.heads[name] for name in network.exit_names[:-1]) / table.full
+    assert facts["gating/macs_all_exits"] - facts["gating/relative_cost"] == pytest.approx(heads, rel=1e-3)
+
+
 # ---- what is refused ----
 
 
@@ -281,6 +305,8 @@ def test_a_backbone_whose_blocks_cannot_be_skipped_takes_no_gates():
         ("gating", {"cost": "exact"}, "`gating.cost` must be one of linear, sign_target"),
         ("gating", {"target_macs": 0.0}, "`gating.target_macs` must be positive"),
         ("network", {"channels": "all"}, "`network.channels` must be one of inner, block_out, both"),
+        ("refine", {"price": 0.0}, "`refine.price` must be positive where refine.target_macs stands"),
+        ("gating", {"resource": "watts"}, "`gating.resource` must be macs or energy"),
         ("refine", {"paths": 1}, "`refine.paths` must be in 2..64, got 1"),
     ],
 )
