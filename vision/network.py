@@ -20,6 +20,7 @@ from rlexit.registry import unknown
 from rlexit.residual import ResidualUnit
 from rlexit.units import ModuleUnit, Unit
 from vision.backbones import Backbone, backbones
+from vision.backbones.densenet import DenseUnit
 from vision.config import BackboneConfig, NetworkConfig
 
 Normalisation = tuple[Sequence[float], Sequence[float]]
@@ -141,6 +142,8 @@ def classifier(
         module = initialised(block.module)
         if gating is not None and isinstance(module, ResidualUnit):
             module = ResidualUnit(module.module, gating.channels)
+        if gating is not None and isinstance(module, DenseUnit) and gating.channels != "none":
+            module.decide_channels()
         units[block.name] = module if isinstance(module, Unit) else ModuleUnit(module)
         prefixes[f"units.{block.name}.module"] = block.prefix
         if block.name in taps:

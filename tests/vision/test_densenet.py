@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from torch.nn import functional
 
+from rlexit.config import GateConfig
 from rlexit.costs import parameters
+from rlexit.exit_policy import ExitPolicy
 from rlexit.gates import Decision
+from rlexit.runtime import run
 from rlexit.state import ExitState
 from vision.config import BackboneConfig
-from vision.network import Classifier, classifier, weights
+from vision.network import Classifier, Gating, classifier, weights
 
 SMALL = BackboneConfig("densenet", depth=16, width=0.25)
 GROWTH = 3
@@ -106,3 +112,40 @@ def test_the_first_layer_has_nothing_to_repeat_and_says_so(network):
     assert not network.units["block1_0"].skippable
     with pytest.raises(ValueError, match="`gates` must leave out the first dense layer"):
         network.advance(state, deciding(0, 1, 1, 1))
+
+
+@torch.no_grad()
+def test_channels_that_a_row_skips_are_the_layer_s_before_and_are_not_computed(network):
+    state = before(network, "block2_1")
+    unit: Any = network.units["block2_1"]
+    unit.decide_channels()
+    keep = torch.tensor([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [1.0, 0.0, 1.0]])
+    decision = replace(deciding(1, 1, 1, 0), channels=keep)
+    gathered = network.advance(state, decision)
+    whole, previous = network.advance(state).features.previous, state.features.previous
+    ran = keep * torch.tensor([[1.0], [1.0], [1.0], [0.0]])
+    mask = ran[:, :, None, None]
+    torch.testing.assert_close(gathered.features.previous, mask * whole + (1 - mask) * previous, rtol=0, atol=1e-5)
+    torch.testing.assert_close(gathered.features.map[:, -GROWTH:], gathered.features.previous)
+    with torch.enable_grad():
+        dense = network.advance(state, decision, dense=True)
+    torch.testing.assert_close(dense.features.map, gathered.features.map, rtol=0, atol=1e-5)
+    spent = gathered.macs - state.macs
+    one, all_of_it = 12 * 16 * state.features.map.shape[1], int(network.advance(state).macs[0] - state.macs[0])
+    each = (all_of_it - one) // GROWTH
+    assert spent.tolist() == [one + 2 * each, 0, all_of_it, 0]
+    assert unit.expected_macs(state.features, decision).tolist() == spent.tolist()
+
+
+def test_the_light_gate_learns_on_densenet_s_channels():
+    gating = Gating(GateConfig(kind="mgl2s", channel="dense_channel", bias=0.0), channels="inner")
+    network = classifier(SMALL, 5, 8, gating=gating)
+    assert list(network.gates) == UNITS[1:]
+    trace = network(images(8))
+    (trace.expected_macs.mean() / 1e5 + trace.logits.square().mean()).backward()
+    gate: Any = network.gates["block2_0"]
+    assert gate.channel.module[-1][-1].bias.grad.abs().sum() > 0
+    network.eval()
+    with torch.no_grad():
+        answers = network(images()).answers[:, -1]
+    torch.testing.assert_close(run(network, ExitPolicy.full(1), images()).answers, answers, rtol=0, atol=1e-4)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
 from rlexit.config import require
 from rlexit.gates import Decision
+from rlexit.macs import macs_per_row
 from rlexit.units import Unit
 from vision.backbones import Backbone, Block, backbones, scaled
 from vision.config import BackboneConfig
@@ -53,9 +55,14 @@ class DenseLayer(nn.Module):
         narrow = self.conv1(functional.relu(self.bn1(features), inplace=True))
         return self.dropout(self.conv2(functional.relu(self.bn2(narrow), inplace=True)))
 
+    def few(self, features: Tensor, kept: Tensor) -> Tensor:
+        """(B, C, H, W) to the (B, kept, H, W) new channels of these indices; the others are not computed."""
+        narrow = functional.relu(self.bn2(self.conv1(functional.relu(self.bn1(features), inplace=True))), inplace=True)
+        return functional.conv2d(narrow, self.conv2.weight.index_select(0, kept), padding=1)
+
 
 class DenseUnit(Unit):
-    """Adds a dense layer's channels; a row that skips it repeats those of the layer before.
+    """Adds a dense layer's channels; a row that skips it, or some of its channels, repeats those of the layer before.
 
     Args:
         layer: (B, C, H, W) to (B, k, H, W).
@@ -68,11 +75,53 @@ class DenseUnit(Unit):
         self.module = layer
         self.skippable = not first
 
+    def decide_channels(self) -> None:
+        """Lets gates decide about every new channel; not in the first layer, which has nothing to repeat."""
+        self.width = self.module.conv2.out_channels if self.skippable else 0
+
     def body(self, features: Any, decision: Decision | None = None) -> DenseFeatures:
-        """All channels with the new ones behind them, and the new ones."""
+        """All channels with the new ones behind them, and the new ones; without a gradient, only kept ones are computed."""
         before = map_of(features)
-        new = self.module(before)
+        if decision is None or decision.channels is None:
+            new = self.module(before)
+        elif torch.is_grad_enabled():
+            keep = decision.channels[:, :, None, None]
+            new = keep * self.module(before) + (1 - keep) * features.previous
+        else:
+            new = self._narrow(before, features.previous, decision.channels > 0.5)
         return DenseFeatures(torch.cat([before, new], dim=1), new)
+
+    def _narrow(self, before: Tensor, previous: Tensor, keep: Tensor) -> Tensor:
+        """Rows that keep the same channels are computed together; one that keeps none is not computed at all."""
+        new = previous.clone()
+        masks, group = torch.unique(keep, dim=0, return_inverse=True)
+        for number, mask in enumerate(masks):
+            kept, rows = torch.nonzero(mask).flatten(), torch.nonzero(group == number).flatten()
+            if len(kept):
+                new[rows[:, None], kept] = self.module.few(before[rows], kept)
+        return new
+
+    def macs(self, features: Any, decision: Decision | None = None) -> Int[Tensor, " batch"]:
+        """(B,) of the layer with the kept channels."""
+        if decision is None or decision.channels is None:
+            return super().macs(features, decision)
+        first, second = self._parts(features)
+        kept = (decision.channels > 0.5).sum(dim=1)
+        return (first + second // self.width * kept) * (kept > 0)
+
+    def expected_macs(self, features: Any, decision: Decision | None = None) -> Float[Tensor, " batch"]:
+        """(B,) with gradient in the relaxed layer and channel decisions."""
+        if decision is None or decision.channels is None:
+            return super().expected_macs(features, decision)
+        first, second = self._parts(features)
+        share = decision.channels.mean(dim=1)
+        return decision.relaxed * (first * (share > 0) + second * share)
+
+    def _parts(self, features: Any) -> tuple[int, int]:
+        """Multiply-adds of both convolutions."""
+        before = map_of(features)
+        first = macs_per_row(self.module.conv1, before)
+        return first, macs_per_row(self.module, before) - first
 
     def skip(self, features: Any) -> DenseFeatures:
         """All channels with the newest ones once more; raises ValueError in the first layer."""
