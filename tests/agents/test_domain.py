@@ -15,7 +15,7 @@ from agents.config import AgentsConfig, CollectConfig, EnvConfig, NetworkConfig
 from agents.domain import FIRST_SEED, MAX_EPISODES, ROW_GAMES, ROW_SPACING, AgentsDomain, domain, episode_seed
 from rlexit import checkpoint
 from rlexit.checkpoint import CheckpointError
-from rlexit.config import DistillConfig, EvaluateConfig, Method
+from rlexit.config import METHODS, DistillConfig, EvaluateConfig, Method
 from rlexit.domain import Domain, Watch
 from rlexit.exit_policy import ExitPolicy
 from rlexit.interrupts import Stopped
@@ -75,7 +75,7 @@ def test_an_episode_that_would_leave_its_split_is_refused(episode):
 
 
 def test_episodes_are_played_from_the_seeds_of_their_split(pong, teacher):
-    network = pong.network(teacher, True, "geometric")
+    network = pong.network(teacher, METHODS["ztw"])
     policies = [ExitPolicy.always(0, 3), ExitPolicy("confidence", (0.5, 0.5))]
     for split in ("calibration", "test"):
         games = list(pong.play(network, policies, [(0, 4), (1, 4), (1, 5)], split, 0, Watch()))
@@ -138,7 +138,7 @@ def test_a_teacher_of_another_network_is_refused_by_its_tensor(pong, tmp_path):
 
 
 def test_the_network_is_the_teacher_with_fresh_exits(pong, teacher):
-    network = pong.network(teacher, True, "geometric")
+    network = pong.network(teacher, METHODS["ztw"])
     assert network.exit_names == ("conv1", "conv2", "fc")
     assert (network.head(0).reads_previous, network.head(1).reads_previous) == (False, True)
     own = nature_network(6)
@@ -147,7 +147,7 @@ def test_the_network_is_the_teacher_with_fresh_exits(pong, teacher):
     assert torch.allclose(network.eval()(frames).logits[:, -1], own.eval()(frames).logits[:, 0], atol=1e-6)
     assert pong.blank(Method()).exits == 3
     bare = domain(replace(CONFIG, network=NetworkConfig(taps=())))
-    assert bare.network(teacher, False, "none").exits == 1
+    assert bare.network(teacher, Method()).exits == 1
 
 
 def test_static_networks_are_as_narrow_as_their_names(teacher):
@@ -177,7 +177,7 @@ def test_rows_are_observations_of_calibration_episodes(pong, teacher, monkeypatc
     monkeypatch.setattr(rollouts, "play", watched)
     told: list[tuple[int, int]] = []
     watch = Watch(progress=lambda done, total, facts: told.append((done, total)))
-    rows = pong.rows(pong.network(teacher, False, "none"), ExitPolicy.full(3), 6, watch)
+    rows = pong.rows(pong.network(teacher, METHODS["sdn"]), ExitPolicy.full(3), 6, watch)
     assert rows.shape == (6, 4, 84, 84)
     assert rows.dtype == torch.uint8
     assert seeds == [FIRST_SEED["calibration"] + episode for episode in range(ROW_GAMES)]
@@ -186,7 +186,7 @@ def test_rows_are_observations_of_calibration_episodes(pong, teacher, monkeypatc
 
 
 def test_rows_are_as_many_as_short_games_give(pong, teacher):
-    network = pong.network(teacher, False, "none")
+    network = pong.network(teacher, METHODS["sdn"])
     rows = pong.rows(network, ExitPolicy.always(0, 3), 4000, Watch())
     steps = ENV.max_frames // ENV.frame_skip
     assert len(rows) == ROW_GAMES * -(-steps // ROW_SPACING)
@@ -204,7 +204,7 @@ def test_rows_of_long_games_are_thinned_and_reach_to_their_ends(pong, teacher, m
         return sound(config, decide, jobs, exits, keep=both, **settings)
 
     monkeypatch.setattr(rollouts, "play", watched)
-    rows = pong.rows(pong.network(teacher, False, "none"), ExitPolicy.always(0, 3), 20, Watch())
+    rows = pong.rows(pong.network(teacher, METHODS["sdn"]), ExitPolicy.always(0, 3), 20, Watch())
     assert len(rows) == 20
     last = torch.from_numpy(np.concatenate(kept[len(kept) // 2 :])).flatten(1)
     late = [any(torch.equal(row, one) for one in last) for row in rows.flatten(1)]
@@ -213,7 +213,7 @@ def test_rows_of_long_games_are_thinned_and_reach_to_their_ends(pong, teacher, m
 
 def test_rows_are_stopped_by_a_signal(pong, teacher):
     with pytest.raises(Stopped):
-        pong.rows(pong.network(teacher, False, "none"), ExitPolicy.full(3), 100, Watch(stop=lambda: True))
+        pong.rows(pong.network(teacher, METHODS["sdn"]), ExitPolicy.full(3), 100, Watch(stop=lambda: True))
 
 
 def test_a_stream_of_samples_depends_on_seed_and_first_buffer_only():
@@ -242,7 +242,7 @@ def test_settings_of_evaluation_reach_the_games(teacher):
     for actions, distinct in (("argmax", 1), ("sampled", 2)):
         config = replace(CONFIG, evaluate=EvaluateConfig(n_envs=2, actions=actions, execution="replay"))
         made = domain(config)
-        network = made.network(teacher, False, "none")
+        network = made.network(teacher, METHODS["sdn"])
         with torch.no_grad():
             for parameter in network.head(2).parameters():
                 parameter.zero_()

@@ -168,7 +168,7 @@ def test_sampled_games_do_not_depend_on_their_neighbours_either(network, policie
 def test_the_likeliest_action_is_taken_unless_actions_are_sampled():
     answers = torch.tensor([[0.1, 0.5, 0.4, 0.0, 0.0, 0.0]]).clamp_min(1e-9).log()
 
-    def decide(observations: Tensor, jobs: np.ndarray) -> RunResult:
+    def decide(observations: Tensor, jobs: np.ndarray, memory: object) -> RunResult:
         nothing = torch.zeros(len(observations), dtype=torch.int64)
         return RunResult(
             answers.expand(len(observations), -1), nothing, nothing, torch.full((len(observations), 1), torch.nan)
@@ -225,7 +225,7 @@ def test_only_running_games_are_decided_and_kept():
     rows: list[int] = []
     kept: list[int] = []
 
-    def decide(observations, jobs):
+    def decide(observations, jobs, memory):
         rows.append(len(observations))
         return at_random(ACTIONS)(observations, jobs)
 
