@@ -74,9 +74,10 @@ def test_each_half_s_thresholds_are_for_the_other_half(network):
 
     data = DataSet(replace(SMALL.data, holdout=0.0))
     seen = see(network, data.tested, 50, Watch())
-    full = cost_table(network, data.tested.pixels[:1]).full
+    costs = cost_table(network, data.tested.pixels[:1])
+    full = costs.full
     pairs = _pairs(network, seen, data, CONFIG, Watch())
-    limits = _Looker(Subject("toy", "sdn", 0, full), network, seen, pairs, data, CONFIG, Watch())._thresholds(
+    limits = _Looker(Subject("toy", "sdn", 0, full), network, seen, pairs, costs, data, CONFIG, Watch())._thresholds(
         "confidence", 1.2
     )
     first, second = data.crossed
@@ -85,7 +86,7 @@ def test_each_half_s_thresholds_are_for_the_other_half(network):
     blind = seen.answers.clone()
     blind[torch.from_numpy(first)] = math.log(0.25)
     other = _pairs(network, replace(seen, answers=blind), data, CONFIG, Watch())
-    moved = _Looker(Subject("toy", "sdn", 0, full), network, seen, other, data, CONFIG, Watch())._thresholds(
+    moved = _Looker(Subject("toy", "sdn", 0, full), network, seen, other, costs, data, CONFIG, Watch())._thresholds(
         "confidence", 1.2
     )
     assert torch.equal(moved[first], limits[first])
