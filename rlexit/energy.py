@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rlexit.config import require
-from rlexit.gates import Gate
+from rlexit.gates import Decision, Gate
 from rlexit.network import StagedNetwork
 from rlexit.state import ExitState, map_tensors
 from rlexit.units import Unit
@@ -117,8 +117,9 @@ def energy_table(network: StagedNetwork, inputs: Any, model: EnergyModel | None 
         if name in network.gates:
             gate: Gate = network.gates[name]  # type: ignore[assignment]
             seen = replace(state, features=unit.glance(state.features))
+            chosen, _ = gate.decide(seen, "greedy")
             with _moving(network) as numbers:
-                _, carry = gate.decide(seen, "greedy")
+                _, carry = gate.decide(seen, "replay", _opened(chosen))
             charged = replace(state.charge(name, gate.macs(seen)), carry=carry)
             note(f"gates.{name}", before, charged, numbers)
             state = before = charged
@@ -139,6 +140,13 @@ def energy_table(network: StagedNetwork, inputs: Any, model: EnergyModel | None 
     own = f"heads.{network.exit_names[-1]}"
     full = sum(value for part, value in energy.items() if part.startswith("units.") or part == own)
     return EnergyTable(macs, energy, full, model)
+
+
+def _opened(decision: Decision) -> Decision:
+    """A decision of the same kind that runs everything, so that no part of a gate goes unasked."""
+    channels = None if decision.channels is None else torch.ones_like(decision.channels)
+    relaxed = torch.ones_like(decision.relaxed)
+    return replace(decision, action=decision.action.clamp(min=1), relaxed=relaxed, channels=channels)
 
 
 @contextmanager

@@ -30,7 +30,7 @@ class ResidualUnit(Unit):
         skippable: whether rows may pass the unit by.
         narrow: compute the kept channels only, row by row; otherwise all of them are computed, masked, and charged.
     Raises:
-        ValueError: no such channel mode, or the block lacks a part.
+        ValueError: no such channel mode, the block lacks a part, or has convolutions whose channels cannot be chosen.
     Source: Wang et al. 2018, arXiv 1711.09485 (skip path); Wang et al. 2020 (DDI), arXiv 1907.04523, equations 1 to 3.
     """
 
@@ -40,6 +40,12 @@ class ResidualUnit(Unit):
         for part in ("conv1", "bn1", "conv2", "bn2", "shortcut"):
             require(hasattr(module, part), "module", f"have a part {part!r}", type(module).__name__)
         self.module: Any = module
+        for name in ("conv1", "conv2") if channels != "none" else ():
+            convolution: Any = getattr(module, name)
+            plain = convolution.bias is None and convolution.groups == 1 and convolution.padding_mode == "zeros"
+            rule = "have no bias, one group, dilation 1 and zero padding where channels are chosen"
+            advice = 'Fold the bias into the norm, or use channels="none".'
+            require(plain and set(convolution.dilation) == {1}, f"module.{name}", rule, str(convolution), advice)
         self.channels = channels
         self.skippable = skippable
         self.narrow = narrow

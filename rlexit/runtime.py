@@ -112,7 +112,7 @@ def replay(
     """Computes every exit and picks afterwards: acts as `run` does, saves nothing, and charges what it computed.
 
     Args:
-        network: without gates that carry memory.
+        network: without gates that carry memory. A leave gate is asked for rows whose threshold there is finite.
         exit_policy: rule and thresholds for all rows.
         inputs: (B, ...) raw inputs.
         thresholds: (B, K - 1) per row, in place of the policy's own.
@@ -135,13 +135,19 @@ def replay(
         state, decision = network.decide(state)
         state = network.advance(state, decision)
         if network.at_exit(state):
-            if rule.before_head and state.exit < network.exits - 1:
-                state, _ = network.consider(state)
+            early, asked = state.exit < network.exits - 1, None
+            if rule.before_head and early:
+                asked = limits[:, state.exit].abs() < torch.inf
+                if bool(asked.any()):
+                    state, _ = network.consider(state, asked=asked)
             state = network.answer(state)
             answers.append(state.answered)
-            if state.exit < network.exits:
+            if early and asked is None:
                 scores[:, state.exit - 1] = rule.score(state)
-    leaves = torch.cat([scores[:, :-1] > limits, torch.ones_like(scores[:, :1], dtype=torch.bool)], dim=1)
+            elif asked is not None and bool(asked.any()):
+                scores[:, state.exit - 1] = rule.score(state).masked_fill(~asked, torch.nan)
+    leaves = (scores[:, :-1] > limits) | (limits == -torch.inf)
+    leaves = torch.cat([leaves, torch.ones_like(leaves[:, :1])], dim=1)
     exits = leaves.to(torch.int64).argmax(dim=1)
     chosen = torch.stack(answers, dim=1)[torch.arange(len(state), device=state.device), exits]
     if recalled is not None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rlexit.gates import Decision, Mode
+from rlexit.gates import Decision, Mode, opened
 from rlexit.network import StagedNetwork
 
 
@@ -60,7 +60,8 @@ def walk(
         mode: how gates decide.
         given: stored decisions, one per gate, for replay.
         generator: source of randomness, for sample.
-        forced: so many of the first gates that decide are held open, for a curriculum; their log-probability is 0.
+        forced: so many of the first gates that decide are held open, for a curriculum: the unit is run with all its
+            channels, at a log-probability of 0.
     Raises:
         ValueError: no gate of the network decides anything.
     """
@@ -74,8 +75,7 @@ def walk(
         state, decision = network.decide(state, mode, stored, generator)
         if decision is not None:
             if gate is not None and gate.decides and len(asked) < forced:
-                ones, nothing = torch.ones_like(decision.action), torch.zeros_like(decision.log_prob)
-                decision = replace(decision, action=ones, relaxed=ones.float(), log_prob=nothing, entropy=nothing)
+                decision = opened(gate, len(state), state.device)
             decisions.append(decision)
             if gate is not None and gate.decides:
                 asked.append((decision, before))

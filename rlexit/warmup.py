@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from rlexit.config import require
-from rlexit.gates import Decision
+from rlexit.gates import opened
 from rlexit.network import StagedNetwork
 
-# Mean log-probability of being open at which it is enough: p = 0.95, where a small change of the features shuts none.
-ENOUGH = math.log(0.95)
+# Probability of being open at which it is enough: a small change of the features shuts none.
+ENOUGH = 0.95
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class WarmedUp:
 
     Args:
         updates: that were needed.
-        open_share: of the greedy decisions on the last batch; 0 where the gates were never certain enough to be looked at.
+        open_share: of the greedy decisions on the last batch, in the end.
     """
 
     updates: int
@@ -61,44 +61,52 @@ def warm_up(
     was_training = network.training
     network.eval()
     network.gates.train()
-    updates, reached = 0, 0.0
+    deciding: list[Any] = [gate for gate in network.gates.values() if gate.decides]
+    needed = [_explored(ENOUGH, gate.bound) for gate in deciding]
+    enough = sum(needed) / len(needed)
+    updates = 0
+    reached: float | None = None
+    inputs: Any = None
     try:
         for p in others:
             p.requires_grad_(False)
         for inputs in batches:
             certainty = _certainty(network, inputs)
-            if float(certainty.detach()) >= ENOUGH:
-                reached = _open_share(network, inputs)
-                if reached >= share:
-                    break
+            reached = _open_share(network, inputs) if float(certainty.detach()) >= enough else None
+            if reached is not None and reached >= share:
+                break
             optimizer.zero_grad(set_to_none=True)
             (-certainty).backward()
             optimizer.step()
-            updates += 1
+            updates, reached = updates + 1, None
+        if reached is None and inputs is not None:
+            reached = _open_share(network, inputs)
     finally:
         for p, flag in zip(others, wanted, strict=True):
             p.requires_grad_(flag)
         network.train(was_training)
-    return WarmedUp(updates, reached)
+    return WarmedUp(updates, reached or 0.0)
+
+
+def _explored(probability: float, bound: float) -> float:
+    """Log of the probability with which a gate draws an action that it wants with `probability`."""
+    return math.log(bound * probability + (1 - bound) * (1 - probability))
 
 
 def _certainty(network: StagedNetwork, inputs: Any) -> Tensor:
     """Mean log-probability per decision of being open, on the features of the full network; with gradient."""
-    rows = len(inputs)
-    ones, nothing = torch.ones(rows, device=inputs.device), torch.zeros(rows, device=inputs.device)
-    widths = [int(gate.width) for gate in network.gates.values()]  # type: ignore[arg-type]
-    wide = [torch.ones((rows, width), device=inputs.device) if width else None for width in widths]
-    opened = [Decision(ones.to(torch.int64), ones, nothing, nothing, channels) for channels in wide]
-    trace = network(inputs, decisions=opened)
-    each = [decision.log_prob / (1 + width) for decision, width in zip(trace.decisions, widths, strict=True)]
-    return torch.stack(each).mean()
+    gates: list[Any] = list(network.gates.values())
+    trace = network(inputs, decisions=[opened(gate, len(inputs), inputs.device) for gate in gates])
+    pairs = zip(trace.decisions, gates, strict=True)
+    return torch.stack([one.log_prob / (gate.width + gate.may_skip) for one, gate in pairs if gate.decides]).mean()
 
 
 @torch.no_grad()
 def _open_share(network: StagedNetwork, inputs: Any) -> float:
     """Share of the greedy decisions that run a unit or keep a channel, as they will be in evaluation."""
     network.gates.eval()
-    decisions = network(inputs).decisions
+    pairs = zip(network(inputs).decisions, network.gates.values(), strict=True)
+    decisions = [one for one, gate in pairs if gate.decides]
     network.gates.train()
-    opened = [one.action > 0 if one.channels is None else one.channels > 0.5 for one in decisions]
-    return float(torch.cat([one.flatten() for one in opened]).float().mean())
+    runs = [one.action > 0 if one.channels is None else one.channels > 0.5 for one in decisions]
+    return float(torch.cat([one.flatten() for one in runs]).float().mean())

@@ -288,7 +288,8 @@ class _Replayed:
 
     @torch.no_grad()
     def __init__(self, network: StagedNetwork, rule: str, images: Images, batch: int) -> None:
-        closed = ExitPolicy(rule, (np.inf,) * (network.exits - 1))
+        # Never reached, and not inf: a leave gate is asked only where an exit is open.
+        closed = ExitPolicy(rule, (float(np.finfo(np.float32).max),) * (network.exits - 1))
         parts = images.pixels.split(batch)
         results = [replay(network, closed, part) for part in parts]
         self.scores = torch.cat([result.scores[:, :-1] for result in results])

@@ -48,12 +48,13 @@ class Gate(nn.Module):
     It is given the state with `features` reduced to what the unit lets a gate see (`Unit.glance`). `may_skip`: whether it
     may choose action 0, which needs a unit with a skip path. `decides`: False where it has no choice and only prepares
     what later gates read, so that its log-probability means nothing. `width`: how many channels it decides about, which
-    must be as many as the unit asks for.
+    must be as many as the unit asks for. `bound`: of exploration, the most that the probability of an action can be.
     """
 
     may_skip = True
     decides = True
     width = 0
+    bound = 1.0
 
     def decide(
         self, state: ExitState, mode: Mode, given: Decision | None = None, generator: torch.Generator | None = None
@@ -77,6 +78,19 @@ class Gate(nn.Module):
     def expected_macs(self, state: ExitState, decision: Decision) -> Float[Tensor, " batch"]:
         """(B,) `macs` with whatever gradient the relaxed decision gives."""
         return self.macs(state, decision).to(torch.float32)
+
+
+def opened(gate: Any, rows: int, device: torch.device | None = None) -> Decision:
+    """The decision of a gate that runs everything: the unit, with all its channels; log-probability and entropy are 0.
+
+    Args:
+        gate: says how many channels there are.
+        rows: B.
+        device: of the rows.
+    """
+    ones, nothing = torch.ones(rows, device=device), torch.zeros(rows, device=device)
+    channels = torch.ones((rows, gate.width), device=device) if gate.width else None
+    return Decision(ones.to(torch.int64), ones, nothing, nothing, channels)
 
 
 @dataclass(frozen=True)

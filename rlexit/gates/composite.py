@@ -10,9 +10,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from rlexit.config import GateConfig
+from rlexit.config import GateConfig, require
 from rlexit.gates import Decision, Gate, Mode, Site, gates
 from rlexit.state import ExitState, put, take
+
+KIND = "mgl2s"
 
 
 class CompositeGate(Gate):
@@ -31,6 +33,7 @@ class CompositeGate(Gate):
         self.layer = layer
         self.channel = channel
         self.width = channel.width
+        self.bound = min(layer.bound, channel.bound)
 
     def decide(
         self, state: ExitState, mode: Mode, given: Decision | None = None, generator: torch.Generator | None = None
@@ -67,9 +70,24 @@ class CompositeGate(Gate):
         return self.layer.macs(state) + decision.relaxed * self.channel.macs(state)
 
 
-@gates.register("mgl2s")
+@gates.register(KIND)
 def composite_gates(sites: Sequence[Site], config: GateConfig, entry: Site | None = None) -> dict[str, Gate]:
-    """The layer and channel gates that the config names, one after the other."""
-    layers = gates[config.layer](sites, config, entry)
-    channels = gates[config.channel](sites, config, entry)
+    """The layer and channel gates that the config names, one after the other.
+
+    Raises:
+        ValueError: `layer` names gates that do not skip units alone, or `channel` gates that do not skip channels alone.
+    """
+    wanted = (
+        ("layer", "skip units and no channels, such as lstm"),
+        ("channel", "skip channels only, such as conv_channel"),
+    )
+    parts: list[dict[str, Gate]] = []
+    for part, rule in wanted:
+        kind: str = getattr(config, part)
+        require(kind != KIND, f"gates.{part}", rule, kind)
+        built = gates[kind](sites, config, entry)
+        fits = [built[site.name].may_skip == (part == "layer") == (not built[site.name].width) for site in sites]
+        require(all(fits), f"gates.{part}", rule, kind)
+        parts.append(built)
+    layers, channels = parts
     return {name: CompositeGate(gate, channels[name]) if name in channels else gate for name, gate in layers.items()}

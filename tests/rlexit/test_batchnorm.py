@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from rlexit.batchnorm import frozen, recalibrate
+from rlexit.config import GateConfig
 from rlexit.gates import Decision, Gate
 from rlexit.heads import ModuleHead
 from rlexit.network import StagedNetwork
 from rlexit.units import ModuleUnit, Unit
+from tests.rlexit.toys import TOYS, residual
 
 
 class Normed(Unit):
@@ -56,18 +59,46 @@ def test_frozen_statistics_stay_and_modes_come_back():
     assert not torch.equal(norm.running_mean, torch.zeros(2))
 
 
-def test_recalibrated_statistics_are_means_over_batches_of_the_rows_that_run():
+def test_recalibrated_statistics_are_those_of_all_rows_that_run_however_few_of_a_batch():
     torch.manual_seed(0)
     net = network()
-    batches = [torch.randn(64, 2) for _ in range(3)]
+    # Of the second batch one row runs, far from all others: it counts as one row, and the distance is in the variance.
+    batches = [torch.randn(64, 2), torch.tensor([[-1.0, 5.0], [100.0, 100.0], [-2.0, 1.0]]), torch.randn(32, 2) + 3]
     recalibrate(net, batches)
     norm: Any = net.units["first"].norm
-    running = [batch[batch[:, 0] > 0] for batch in batches]
-    torch.testing.assert_close(norm.running_mean, torch.stack([rows.mean(dim=0) for rows in running]).mean(dim=0))
-    torch.testing.assert_close(norm.running_var, torch.stack([rows.var(dim=0) for rows in running]).mean(dim=0))
+    every = torch.cat(batches)
+    running = every[every[:, 0] > 0]
+    torch.testing.assert_close(norm.running_mean, running.mean(dim=0))
+    torch.testing.assert_close(norm.running_var, running.var(dim=0))
     assert norm.momentum == 0.1
+    assert norm.track_running_stats
     assert not net.training
     assert not norm.training
+
+
+def test_a_recalibration_that_fails_leaves_everything_as_it_was():
+    net = network()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    with pytest.raises(RuntimeError):
+        recalibrate(net, [torch.randn(8, 2) + 5, torch.randn(8, 3)])
+    norm: Any = net.units["first"].norm
+    assert norm.momentum == 0.1
+    assert norm.track_running_stats
+    assert not any(part.training for part in net.modules())
+    assert not norm._forward_pre_hooks
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_units_that_compute_some_channels_only_are_recalibrated_too_and_stay_narrow():
+    torch.manual_seed(0)
+    net = residual("inner", GateConfig("static", bias=4.0)).eval()
+    inputs = TOYS["skips"].inputs(32) + 1
+    recalibrate(net, [inputs[:20], inputs[20:]])
+    unit: Any = net.units["block0"]
+    assert unit.narrow
+    seen = unit.module.conv1(net.units["stem"](inputs)).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(unit.module.bn1.running_mean, seen.mean(dim=1))
+    torch.testing.assert_close(unit.module.bn1.running_var, seen.var(dim=1))
 
 
 def test_a_unit_that_no_row_runs_keeps_its_statistics():

@@ -55,6 +55,17 @@ def test_a_skipped_unit_saves_its_energy():
     torch.testing.assert_close(opened - skipped, torch.full((3,), table.energy["units.block2"] / table.full))
 
 
+def test_the_table_has_every_gate_open_where_the_gates_would_skip_everything():
+    network, inputs = residual("both", GateConfig("mgl2s", bias=4.0)).eval(), TOYS["skips"].inputs(2)
+    opened = energy_table(network, inputs)
+    for gate in network.gates.values():
+        gate.channel.module[-1][-1].bias.data.fill_(-4.0)
+    with torch.no_grad():
+        network.gates["block0"].layer.core.logit.bias.fill_(-100.0)
+    assert not any(int(decision.action.sum()) for decision in network(inputs).decisions)
+    assert energy_table(network, inputs).energy == opened.energy
+
+
 def test_the_price_of_energy_reaches_the_gates_in_proportion_to_what_a_unit_takes():
     network = residual("none", GateConfig("static", bias=0.1)).train()
     inputs = TOYS["skips"].inputs(3)

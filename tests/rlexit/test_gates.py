@@ -40,6 +40,29 @@ def full(network) -> ExitPolicy:
     return ExitPolicy.full(network.exits)
 
 
+@pytest.mark.parametrize(
+    ("parts", "field"),
+    [
+        ({"layer": "mgl2s"}, "layer"),
+        ({"layer": "conv_channel", "channel": "lstm"}, "layer"),
+        ({"channel": "lstm"}, "channel"),
+        ({"channel": "static"}, "channel"),
+        ({"channel": "mgl2s"}, "channel"),
+        ({"layer": "random"}, "layer"),
+    ],
+)
+def test_parts_that_do_not_fit_together_are_refused(parts, field):
+    kind = parts[field]
+    with pytest.raises(ValueError, match=rf"`gates.{field}` must skip .* got '{kind}'"):
+        residual("inner", GateConfig("mgl2s", **parts))
+
+
+@pytest.mark.parametrize("parts", [{"layer": "ff2"}, {"layer": "policy_net"}, {"channel": "pooled_channel"}])
+def test_parts_that_fit_decide_together(parts):
+    network = residual("inner", GateConfig("mgl2s", **parts)).eval()
+    assert run(network, full(network), inputs(3)).answers.isfinite().all()
+
+
 # ---- laws over the registry ----
 
 

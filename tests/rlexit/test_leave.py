@@ -111,6 +111,38 @@ def test_replay_acts_as_run_does_and_pays_for_everything():
     assert bool((replayed.macs > real.macs).all())
 
 
+@pytest.mark.parametrize(
+    "limits", [(math.inf, 0.5), (0.5, math.inf), (-math.inf, 0.5), (math.inf, -math.inf), (0.5, -math.inf)]
+)
+def test_a_replay_asks_where_a_run_asks(limits):
+    network, inputs = plain(), TOYS["skips"].inputs(7)
+    shut = {
+        name: gate
+        for name, gate in network.leave_gates.items()
+        if math.isfinite(limits[network.exit_names.index(name)])
+    }
+    network.set_leave_gates(shut)
+    policy = ExitPolicy("learned", limits)
+    real, replayed = run(network, policy, inputs), replay(network, policy, inputs)
+    assert torch.equal(real.exits, replayed.exits)
+    torch.testing.assert_close(real.answers, replayed.answers)
+    reached = ~real.scores.isnan()
+    torch.testing.assert_close(real.scores[reached], replayed.scores[reached])
+    closed = torch.tensor([*limits, math.inf]).isinf()
+    assert bool(replayed.scores[:, closed].isnan().all())
+
+
+def test_thresholds_of_their_own_ask_the_same_rows_in_a_replay():
+    network, inputs = plain(), TOYS["skips"].inputs(6)
+    limits = torch.tensor([[0.5, 0.5], [math.inf, 0.5], [-math.inf, 0.5]]).repeat(2, 1)
+    real, replayed = (
+        run(network, LEARNED, inputs, thresholds=limits),
+        replay(network, LEARNED, inputs, thresholds=limits),
+    )
+    assert torch.equal(real.exits, replayed.exits)
+    assert bool(replayed.scores[:, 0].isnan().eq(limits[:, 0].isinf()).all())
+
+
 def test_a_closed_exit_and_one_where_all_leave_ask_no_gate():
     network, inputs = plain(), TOYS["skips"].inputs(7)
     with watched(network) as work:

@@ -173,6 +173,20 @@ def test_a_price_reaches_channels_through_the_layer_decision():
     assert layer.grad.tolist() == [first * 0.5 + second * 0.25] * 2
 
 
+@pytest.mark.parametrize(
+    "settings", [{"bias": True}, {"groups": 2}, {"dilation": 2, "padding": 2}, {"padding_mode": "circular"}]
+)
+def test_convolutions_whose_channels_cannot_be_chosen_are_refused_where_channels_are(settings):
+    block = Block(4, 4)
+    block.conv2 = nn.Conv2d(4, 4, 3, **{"bias": False, "padding": 1, **settings})
+    for channels in MODES[1:]:
+        with pytest.raises(
+            ValueError, match="`module.conv2` must have no bias, one group, dilation 1 and zero padding"
+        ):
+            ResidualUnit(block, channels)
+    assert ResidualUnit(block).eval().execute(features_of(3), drawn(ResidualUnit(block), 3, 0))[0].isfinite().all()
+
+
 def test_a_block_without_its_parts_and_unknown_channels_are_refused():
     with pytest.raises(ValueError, match="`module` must have a part 'conv1', got 'Identity'"):
         ResidualUnit(nn.Identity())

@@ -43,7 +43,29 @@ def test_gates_that_start_open_need_no_update():
     assert warm_up(network, batches(3)).updates == 0
 
 
-def test_a_warm_up_that_is_cut_short_says_what_it_has_not_checked():
+def test_gates_that_explore_are_open_enough_at_what_they_can_reach():
+    network = residual("none", GateConfig("static", bias=4.0, bound=0.8))
+    assert warm_up(network, batches(3)).updates == 0
+    network = residual("none", GateConfig("static", bias=1.0, bound=0.8))
+    assert 0 < warm_up(network, batches(200), learning_rate=0.1).updates < 200
+
+
+def test_a_gate_that_decides_nothing_does_not_vouch_for_the_others():
+    network = residual("none", GateConfig("policy_net", bias=0.0))
+    with torch.no_grad():
+        network.gates["stem"].module.logits.weight.zero_()
+        network.gates["stem"].module.logits.bias.fill_(2.7)  # p = 0.937: enough only for a mean over four, not three
+    assert warm_up(network, batches(1)).updates == 1
+
+
+def test_what_is_open_is_measured_in_the_end_even_where_the_gates_are_not_certain():
+    network = residual("none", GateConfig("static", bias=0.5))
+    result = warm_up(network, batches(2), learning_rate=1e-4)
+    assert result.updates == 2
+    assert result.open_share == 1.0
+
+
+def test_a_warm_up_that_is_cut_short_opens_nothing():
     network = residual("none", GateConfig("static", bias=-4.0))
     result = warm_up(network, batches(2), learning_rate=1e-4)
     assert result.updates == 2
