@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,11 +14,11 @@ from jaxtyping import Float, Int
 from scipy import stats
 from torch import Tensor
 
-from rlexit.costs import CostTable, measured_costs
+from rlexit.costs import CostTable
 from rlexit.exit_policy import ExitPolicy
 from rlexit.network import StagedNetwork
 from rlexit.rows import ReliabilityRow
-from rlexit.runtime import replay
+from rlexit.rules import rules
 
 
 class TargetError(ValueError):
@@ -31,13 +31,29 @@ class Scores:
 
     Args:
         early: (N, K - 1) score of each row at each early exit.
-        costs: of leaving at each exit.
+        costs: of the network.
         rule: registered name.
+        spent: (N, K) multiply-adds of each row that leaves at each exit, what it skips and what the rule does not build not
+            among them; `costs.exits` for all rows where it is None.
     """
 
     early: Float[Tensor, "rows early"]
     costs: CostTable
     rule: str
+    spent: Int[Tensor, "rows exits"] | None = None
+
+    @property
+    def macs(self) -> Float[Tensor, "rows exits"]:
+        """(N, K) multiply-adds of leaving at each exit."""
+        if self.spent is not None:
+            return self.spent.double()
+        return torch.tensor(self.costs.exits, dtype=torch.float64).expand(len(self.early), -1)
+
+    @property
+    def ends(self) -> tuple[float, float]:
+        """Mean relative compute where everybody leaves at the first exit, and where nobody leaves early."""
+        means = self.macs[:, [0, -1]].mean(dim=0) / self.costs.full
+        return float(means[0]), float(means[1])
 
     def exits(self, threshold: float) -> Int[Tensor, " rows"]:
         """(N,) where each row would leave if all early exits had this threshold."""
@@ -46,8 +62,8 @@ class Scores:
         return torch.cat([leaves, last], dim=1).to(torch.int64).argmax(dim=1)
 
     def relative_macs(self, threshold: float) -> float:
-        """Mean compute at this threshold, relative to the full network; every early head that is met is paid."""
-        macs = torch.tensor(self.costs.exits, dtype=torch.float64)[self.exits(threshold)]
+        """Mean compute at this threshold, relative to the full network: what a run of these rows executes."""
+        macs = self.macs.gather(1, self.exits(threshold)[:, None])
         return float(macs.mean()) / self.costs.full
 
 
@@ -62,12 +78,39 @@ def score_rows(network: StagedNetwork, rule_name: str, inputs: Any, costs: CostT
         costs: of the network.
         chunk: rows at a time.
     """
-    if network.gates:
-        # What rows skip on their way counts: an exit costs what it costs them, on average.
-        costs = measured_costs(network, inputs.split(chunk))
-    open_exits = ExitPolicy(rule_name, (math.inf,) * (network.exits - 1))
-    parts = [replay(network, open_exits, rows).scores[:, :-1] for rows in inputs.split(chunk)]
-    return Scores(torch.cat(parts), costs, rule_name)
+    parts = [_scored(network, rule_name, rows) for rows in inputs.split(chunk)]
+    early, spent = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Scores(early, costs, rule_name, spent)
+
+
+def _scored(
+    network: StagedNetwork, rule_name: str, inputs: Any
+) -> tuple[Float[Tensor, "batch early"], Int[Tensor, "batch exits"]]:
+    """Scores at the early exits, and what leaving at each exit costs each row where all early ones are open."""
+    rule = rules[rule_name]()
+    last = network.exits - 1
+    read = network.read_later([True] * last, rule.needs_every_exit)
+    state = network.begin(inputs)
+    if network.reuse is not None:
+        state, _ = network.reuse.recall(state)
+    scores = torch.full((len(state), last), torch.nan, device=state.device)
+    spent: list[Tensor] = []
+    while not network.finished(state):
+        state, decision = network.decide(state)
+        state = network.advance(state, decision)
+        if not network.at_exit(state):
+            continue
+        exit = state.exit
+        if rule.before_head and exit < last:
+            state, _ = network.consider(state)
+        answered = network.answer(state)
+        spent.append(answered.macs)
+        if exit < last:
+            scores[:, exit] = rule.score(answered)
+            # Asked before the head, a row that goes on pays for the head only where a later exit reads it.
+            answered = replace(answered, macs=state.macs) if rule.before_head and not read[exit] else answered
+        state = answered
+    return scores, torch.stack(spent, dim=1)
 
 
 @torch.no_grad()
@@ -97,7 +140,10 @@ def reliability(network: StagedNetwork, inputs: Any, bins: int = 15, chunk: int 
 
 def check_target(costs: CostTable, target: float) -> None:
     """Raises TargetError if a compute target is below the cheapest exit, or NaN."""
-    cheapest = costs.exits[0] / costs.full
+    _check(costs.exits[0] / costs.full, target)
+
+
+def _check(cheapest: float, target: float) -> None:
     if not target >= cheapest:
         raise TargetError(
             f"`target_macs` must be at least {cheapest:.3f}, what the first exit costs, got {target:g}. "
@@ -109,7 +155,8 @@ def solve_macs(scores: Scores, target: float) -> float:
     """The largest threshold, shared by all early exits, whose mean compute is at most the target.
 
     A larger threshold lets rows go on for longer, so compute never falls with it: a search over the scores that were
-    seen finds the answer exactly.
+    seen finds the answer exactly. (Only where a head that the rule need not build is dearer than the way to the next
+    exit may there be a larger one; what is returned costs what is asked for, or less.)
 
     Args:
         scores: of held-out rows.
@@ -119,7 +166,7 @@ def solve_macs(scores: Scores, target: float) -> float:
     Raises:
         TargetError: the target is below the cheapest exit, or NaN.
     """
-    check_target(scores.costs, target)
+    _check(scores.ends[0], target)
     seen = torch.unique(scores.early).tolist()
     if scores.relative_macs(seen[-1]) <= target:
         return float(seen[-1])
@@ -135,12 +182,12 @@ def solve_macs(scores: Scores, target: float) -> float:
 
 def threshold_grid(scores: Scores, points: int) -> list[float]:
     """Thresholds whose compute is evenly spaced from the cheapest exit to all heads and the full network."""
-    costs = scores.costs
+    cheapest, dearest = scores.ends
     seen = torch.unique(scores.early).tolist()
     if len(seen) < points:  # a rule that counts, such as patience: every threshold that makes a difference
         every = {scores.relative_macs(threshold): threshold for threshold in (*seen[::-1], -math.inf)}
         return sorted(every.values())
-    levels = np.linspace(costs.exits[0] / costs.full, costs.exits[-1] / costs.full, points)
+    levels = np.linspace(cheapest, dearest, points)
     return list(dict.fromkeys(solve_macs(scores, float(level) + 1e-9) for level in levels))
 
 
@@ -188,10 +235,9 @@ def calibrate_macs(
     tried: list[tuple[float, ExitPolicy]] = []
     history: list[dict[str, float]] = []
     scores = score(rows(policy))
-    check_target(scores.costs, target)
-    cheapest = scores.costs.exits[0] / scores.costs.full
+    _check(scores.ends[0], target)
     for round in range(rounds):
-        policy = shared_policy(scores.rule, solve_macs(scores, max(aim, cheapest)), exits)
+        policy = shared_policy(scores.rule, solve_macs(scores, max(aim, scores.ends[0])), exits)
         solved = scores.relative_macs(policy.thresholds[0])
         scores = score(rows(policy))
         rolled_out = scores.relative_macs(policy.thresholds[0])

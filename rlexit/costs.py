@@ -23,7 +23,8 @@ class CostTable:
     Args:
         units: unit name to MACs.
         heads: exit name to MACs.
-        exits: MACs of leaving at each exit, all heads and gates before it included.
+        exits: MACs of leaving at each exit, all heads and gates of units before it included; leave gates, which
+            only the rule `learned` asks, are not.
         full: MACs of the network without added heads and gates: what `relative_macs` is relative to.
     """
 

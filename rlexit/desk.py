@@ -94,7 +94,7 @@ def _prove(domain: Domain, verb: str, methods: Sequence[str]) -> None:
         if kind.refines and verb in ("run", "refine") and not isinstance(domain, Refining):
             raise ValueError(f"`--methods` must be of those that {domain.task} has, got {method!r}, which is refined.")
         if verb in ("run", "calibrate") and kind.exits and not kind.static and not kind.refines:
-            for target in config.calibrate.target_macs:
+            for target in () if blank.gates else config.calibrate.target_macs:
                 check_target(cost_table(blank, domain.example()), target)
     if config.distill.regime != "disjoint" and not isinstance(domain, Labelled):
         advice = "Only samples with labels train the backbone too."

@@ -23,10 +23,13 @@ from rlexit.calibrate import (
     solve_macs,
     threshold_grid,
 )
+from rlexit.config import GateConfig
 from rlexit.costs import CostTable, cost_table
 from rlexit.exit_policy import ExitPolicy
+from rlexit.network import StagedNetwork
 from rlexit.runtime import run
-from tests.rlexit.toys import SCORERS, TOYS
+from tests.rlexit.test_leave import leaving, plain
+from tests.rlexit.toys import SCORERS, TOYS, residual, scatter
 
 INF = math.inf
 
@@ -74,6 +77,44 @@ def test_what_is_solved_is_what_running_costs():
         assert relative <= target
         # Rows at their own threshold may fall on either side when another batch size rounds otherwise.
         assert relative == pytest.approx(scores.relative_macs(policy.thresholds[0]), abs=1e-9)
+
+
+def gated() -> StagedNetwork:
+    network = residual("both", GateConfig("mgl2s", bias=0.0))
+    scatter(network)
+    return network.eval()
+
+
+@pytest.mark.parametrize(
+    ("build", "rule"),
+    [(gated, "confidence"), (gated, "patience"), (plain, "learned"), (lambda: leaving(cascade=True), "learned")],
+)
+def test_rows_are_charged_what_running_them_executes_whatever_they_skip_and_the_rule_leaves_unbuilt(build, rule):
+    torch.manual_seed(3)
+    network, inputs = build(), TOYS["skips"].inputs(24)
+    costs = cost_table(network, inputs)
+    scores = score_rows(network, rule, inputs, costs, chunk=7)
+    seen = torch.unique(scores.early)
+    between = ((seen[1:] + seen[:-1]) / 2).tolist()  # at its own threshold a row may fall on either side
+    everybody = [] if rule == "learned" else [-INF]  # where everybody leaves no gate is asked
+    for threshold in (*between[:: max(len(between) // 6, 1)], *everybody):
+        executed = run(network, shared_policy(rule, threshold, network.exits), inputs).macs
+        assert scores.relative_macs(threshold) == pytest.approx(float(executed.double().mean()) / costs.full, abs=1e-12)
+
+
+def test_what_rows_skip_makes_room_below_the_first_exit_with_every_gate_open():
+    torch.manual_seed(3)
+    network, inputs = gated(), TOYS["skips"].inputs(24)
+    costs = cost_table(network, inputs)
+    scores = score_rows(network, "confidence", inputs, costs)
+    cheapest, dearest = scores.ends
+    assert cheapest < costs.exits[0] / costs.full
+    assert solve_macs(scores, (cheapest + costs.exits[0] / costs.full) / 2) < INF
+    spent = [scores.relative_macs(threshold) for threshold in threshold_grid(scores, 5)]
+    assert spent[0] == pytest.approx(cheapest)
+    assert spent[-1] == pytest.approx(dearest)
+    with pytest.raises(TargetError, match="what the first exit costs"):
+        solve_macs(scores, cheapest - 1e-6)
 
 
 # ---- a compute target ----
