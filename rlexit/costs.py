@@ -37,10 +37,6 @@ class CostTable:
         """MACs relative to the full, head-free network."""
         return macs / self.full
 
-    def steps(self) -> tuple[int, ...]:
-        """MACs from each exit to the next; what a row must still afford to go on."""
-        return tuple(late - early for early, late in zip(self.exits, self.exits[1:], strict=False))
-
 
 @torch.no_grad()
 def cost_table(network: StagedNetwork, inputs: Any) -> CostTable:

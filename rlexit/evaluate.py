@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rlexit.checkpoint import canonical_json, write_atomic
+from rlexit.config import require
 from rlexit.costs import CostTable, cost_table
 from rlexit.domain import Domain, Played, Progress, Split, Watch
 from rlexit.exit_policy import ExitPolicy
@@ -122,22 +123,24 @@ def budgeted(domain: Domain, network: StagedNetwork) -> list[ExitPolicy]:
         domain: with its config.
         network: with early exits; none without.
     Raises:
-        ValueError: the domain has no labelled set, or a budget is below the cheapest path.
+        ValueError: the domain has no labelled set, or a budget does not pay for the first exit with every gate open.
     """
     shares = domain.config.evaluate.hard_budgets
     if network.exits == 1 or not shares:
         return []
     if domain.metric != "accuracy":
         raise ValueError(f"`evaluate.hard_budgets` must be of a labelled set, got {domain.task}. Leave them out.")
-    example = domain.example()
-    full = cost_table(network, example).full
+    costs = cost_table(network, domain.example())
     found = []
     for share in shares:
         label = f"budget={share:g}"
+        # What gates let a row skip is not known beforehand, and in the middle of a set it is too late for an error.
+        first = costs.relative(costs.exits[0])
+        advice = "The first exit costs as much where every gate is open. Ask for more, or put an exit earlier."
+        budget = int(share * costs.full)
+        require(budget >= costs.exits[0], "evaluate.hard_budgets", f"be at least {first:.4g}", share, advice)
         whole = ExitPolicy.full(network.exits)
-        policy = replace(whole, label=label, provenance={"target": label}, budget=int(share * full))
-        run(network, policy, example)  # says whether a path fits, before anything is opened
-        found.append(policy)
+        found.append(replace(whole, label=label, provenance={"target": label}, budget=budget))
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,10 +12,12 @@ from hypothesis import strategies as st
 
 from rlexit.config import GateConfig
 from rlexit.costs import cost_table
+from rlexit.evaluate import budgeted
 from rlexit.exit_policy import ExitPolicy
 from rlexit.runtime import run
 from tests.rlexit.test_leave import LEARNED, plain
-from tests.rlexit.toys import EXITS, OUTPUTS, TOYS, parting, residual, scatter, staged, watched
+from tests.rlexit.toy_domain import SMALL, ToyDomain
+from tests.rlexit.toys import EXITS, OUTPUTS, TOYS, executed, parting, residual, scatter, staged, watched
 
 INF = math.inf
 SHUT = ExitPolicy("confidence", (INF,) * (EXITS - 1))
@@ -56,7 +59,7 @@ def test_no_row_of_a_dynamic_network_costs_more_than_its_budget(accounting):
     network, inputs = dynamic(), torch.randn(32, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     table = cost_table(network, inputs)
     budgets = torch.linspace(0.1, 1.0, 32).mul(table.exits[-1]).to(torch.int64)
-    result = within(network, budgets, inputs, accounting=accounting)
+    result = executed(lambda: within(network, budgets, inputs, accounting=accounting))
     assert bool((result.macs <= budgets)[~result.violated].all())
     assert len(set(result.exits.tolist())) == EXITS
 
@@ -87,6 +90,28 @@ def test_a_full_budget_changes_nothing(name, rule):
     torch.testing.assert_close(free.answers, bound.answers)
     assert not bound.violated.any()
     assert bool((bound.macs >= free.macs).all())  # a head that a later exit may need is built in time
+
+
+def test_a_hard_budget_for_a_whole_set_pays_for_the_row_that_skips_nothing():
+    torch.manual_seed(3)
+    network, inputs = TOYS["residual_layers"].network().eval(), 3 * torch.randn(64, 4, 8, 8)
+    first = run(network, ExitPolicy.always(0, EXITS), inputs).macs
+    cheapest, dearest = inputs[first.argmin()][None], inputs[first.argmax()][None]
+    table = cost_table(network, inputs)
+    between = int(first.min()) / table.full + 1e-6
+    run(network, SHUT, cheapest, budgets=torch.tensor([int(between * table.full)]))  # the example alone could pay
+    with pytest.raises(ValueError, match=r"`budgets\[0\]` must pay"):
+        run(network, SHUT, dearest, budgets=torch.tensor([int(between * table.full)]))
+
+    def domain(share):
+        made = ToyDomain(replace(SMALL, evaluate=replace(SMALL.evaluate, hard_budgets=(share,))))
+        made.metric, made.example = "accuracy", lambda: cheapest
+        return made
+
+    with pytest.raises(ValueError, match="`evaluate.hard_budgets` must be at least .* where every gate is open"):
+        budgeted(domain(between), network)
+    (policy,) = budgeted(domain(table.exits[0] / table.full + 1e-6), network)
+    assert not run(network, policy, inputs).violated.any()
 
 
 def test_a_row_answers_at_the_latest_exit_that_its_budget_pays_for():

@@ -27,7 +27,6 @@ def test_a_staged_network_costs_what_a_person_counts():
     assert table.heads == {"conv0": first, "conv1": second, "conv2": last}
     assert table.exits == (CONV + first, 2 * CONV + first + second, 3 * CONV + first + second + last)
     assert table.full == 3 * CONV + last
-    assert table.steps() == (CONV + second, CONV + last)
     assert table.relative(table.full / 4) == 0.25
 
 

@@ -17,7 +17,7 @@ from rlexit.gates.policy_net import PolicyNet
 from rlexit.macs import macs_per_row
 from rlexit.runtime import run
 from rlexit.state import take
-from tests.rlexit.toys import CHANNELS, SIDE, residual, scatter, watched
+from tests.rlexit.toys import CHANNELS, SIDE, executed, residual, scatter
 
 KINDS = list(gates)
 WIDE = ("conv_channel", "dense_channel", "pooled_channel", "mgl2s")
@@ -100,32 +100,21 @@ def test_evaluation_is_deterministic_and_decides_each_row_by_itself(kind):
         torch.testing.assert_close(alone.answers[0], first.answers[row], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_gate_costs_what_hooks_see_of_it(kind):
-    network = network_of(kind)
-    with watched(network) as work:
-        result = run(network, full(network), inputs(7))
-    spared = 0
-    if any(unit.width for unit in network.units.values()):
-        # What is computed with some channels only is no call of a module: the units' own law covers it.
-        spared = narrow_macs(network)
-    assert int(result.macs.sum()) == work.macs + spared
-
-
-def narrow_macs(network) -> int:
-    """Multiply-adds of units that compute some channels only, their shortcuts aside."""
-    found = 0
-    state = network.begin(inputs(7))
-    while not network.finished(state):
-        unit, features = network.units[network.unit_names[state.unit]], state.features
-        state, decision = network.decide(state)
-        if decision is not None and decision.channels is not None:
-            macs = unit.macs(features, decision) - unit.skip_macs(features)
-            found += int(macs[decision.action > 0].sum())
-        state = network.advance(state, decision)
-        if network.at_exit(state):
-            state = network.pass_by(state)
-    return found
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [
+        (kind, mode)
+        for kind in KINDS
+        for mode in ("none", "inner", "both")
+        if kind in ("static", "random") or (kind in WIDE) == (mode != "none")
+    ],
+)
+def test_networks_with_gates_are_charged_what_is_executed(kind, mode):
+    torch.manual_seed(5)
+    network = residual(mode, GateConfig(kind, bias=0.0, channel_rate=0.5)).eval()
+    if kind not in ("random", "static"):
+        scatter(network)
+    executed(lambda: run(network, full(network), inputs(7)))
 
 
 @pytest.mark.parametrize("kind", KINDS)

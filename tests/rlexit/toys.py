@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode
 
 from rlexit.config import GateConfig, HeadConfig
 from rlexit.ensembles import AdditiveEnsemble, Ensemble, GeometricEnsemble
@@ -26,6 +27,7 @@ from rlexit.macs import macs_per_row
 from rlexit.network import StagedNetwork
 from rlexit.residual import ResidualUnit
 from rlexit.rules import rules
+from rlexit.runtime import RunResult
 from rlexit.state import ExitState
 from rlexit.units import ModuleUnit, Unit
 
@@ -559,6 +561,15 @@ def residual(
     if gates is not None:
         network.set_gates(build_gates(sites, gates, Site("stem", CHANNELS)))
     return spread(network)
+
+
+def executed(call: Callable[[], RunResult]) -> RunResult:
+    """The call's result, whose multiply-adds are those that torch really executed: calls of modules or not."""
+    call()  # what units cost is counted once per shape, on meta tensors that a counter would see
+    with FlopCounterMode(display=False) as counter:
+        result = call()
+    assert counter.get_total_flops() == 2 * int(result.macs.sum())
+    return result
 
 
 def residual_channels() -> StagedNetwork:

@@ -225,7 +225,7 @@ def test_hard_budgets_are_operating_points_and_one_below_the_cheapest_path_is_re
     verbs.train(made)
     make(made, "ddi")
     low = session(tmp_path, changed(config, "evaluate", hard_budgets=(0.01,)))
-    with pytest.raises(ValueError, match="`budgets.0.` must pay for the first exit"):
+    with pytest.raises(ValueError, match="`evaluate.hard_budgets` must be at least .*, got 0.01"):
         verbs.evaluate_method(low, "ddi")
     verbs.evaluate_method(made, "ddi")
     rows = read_rows(made.method("ddi") / "eval" / "episodes.csv")
