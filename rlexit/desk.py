@@ -30,6 +30,7 @@ EXTRAS = {
     "export": ("onnx", "onnxruntime"),
     "openvino": ("openvino",),
     "cluster": ("ray",),
+    "timm": ("timm",),
 }
 
 

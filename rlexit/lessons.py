@@ -53,12 +53,10 @@ def _opened(session: Session, method: str) -> bool:
 def _drawn(session: Session, method: str) -> dict[str, StagedNetwork]:
     """Fresh networks of a method, the same for every call; the whole of it is drawn where all is trained jointly."""
     torch.manual_seed(session.seed)
-    networks = networks_of(session, method)
-    if session.domain.config.distill.regime == "joint" and not METHODS[method].static:
-        for module in networks[""].modules():
-            if callable(reset := getattr(module, "reset_parameters", None)):
-                reset()
-    return networks
+    kind = METHODS[method]
+    if session.domain.config.distill.regime == "joint" and not kind.static:
+        return {"": session.domain.blank(kind)}
+    return networks_of(session, method)
 
 
 def _distill_alone(session: Session, method: str) -> None:

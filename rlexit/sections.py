@@ -17,6 +17,8 @@ from rlexit.summary import SAME_MACS
 
 # A difference outside of so many standard errors is one.
 SIGMAS = 1.96
+# What spends less than this share of a rival's compute says nothing about who is better there.
+FAR_BELOW = 0.9
 # Counts that differ by more are shown side by side.
 OPS_APART = 0.1
 MAX_PICTURE_BYTES = 8 << 20
@@ -135,6 +137,12 @@ def _against(fixed: BudgetRow, rows: Sequence[BudgetRow], seeds: bool) -> list[t
             found.append((*tables.BADGES["unknown"], f"{named}: {name} has no budget that small."))
             continue
         exits = max(affordable[name], key=lambda row: row.relative_macs)
+        if exits.relative_macs < FAR_BELOW * fixed.relative_macs:
+            nearest = tables.number(exits.relative_macs, 3)
+            found.append(
+                (*tables.BADGES["unknown"], f"{named}: the budget of {name} nearest to it spends only {nearest}.")
+            )
+            continue
         difference = exits.value - fixed.value
         error = SIGMAS * math.sqrt(sum(row.value * (1 - row.value) / row.count for row in (exits, fixed)))
         winner = "exits" if difference > error else "static" if difference < -error else "none"

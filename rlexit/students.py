@@ -100,7 +100,7 @@ class JointStudent(Student):
     @torch.no_grad()
     def observe(self, inputs: Any) -> Observed:
         """The raw inputs themselves, and the teacher's log-probabilities."""
-        return [inputs], self.teacher(inputs).answers[:, -1]
+        return [inputs], _last(self.teacher, inputs)
 
     def logits(self, features: Sequence[Tensor]) -> Float[Tensor, "batch exits outputs"]:
         """Raw logits of all exits, the backbone's own among them."""
@@ -138,7 +138,7 @@ class StaticStudent(Student):
     @torch.no_grad()
     def observe(self, inputs: Any) -> Observed:
         """The raw inputs themselves, and the teacher's log-probabilities."""
-        return [inputs], self.teacher(inputs).answers[:, -1]
+        return [inputs], _last(self.teacher, inputs)
 
     def logits(self, features: Sequence[Tensor]) -> Float[Tensor, "batch exits outputs"]:
         """Logits of every network."""
@@ -147,3 +147,8 @@ class StaticStudent(Student):
     def learners(self) -> nn.Module:
         """All networks whole."""
         return self.networks
+
+
+def _last(teacher: StagedNetwork, inputs: Any) -> Float[Tensor, "batch outputs"]:
+    """The last exit's own log-probabilities, no early head run."""
+    return teacher.head(teacher.exits - 1)(teacher.taps(inputs)[-1]).log_softmax(dim=-1)

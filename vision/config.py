@@ -30,7 +30,7 @@ class DataConfig:
             cut around their middle.
         holdout: share of the training images that trains nothing and on which thresholds are chosen. 0 takes half of the
             test images for it, and only the other half is evaluated on: for given weights that saw all training images.
-        half: which half of the test images is evaluated on where `holdout` is 0; run both to cross-fit.
+        half: which half of the test images episodes are from where `holdout` is 0; tables of budgets count both.
         long_tail: images of the most frequent class to images of the rarest, falling exponentially; 1 leaves all.
         relabel: `cifar2` makes CIFAR-10 two classes, animals and transport (with the horse, as in the paper's split).
         crop: training images are padded by so many pixels of black and cut at random; 0 for not.
@@ -67,7 +67,7 @@ class DataConfig:
         advice = "Its ten classes are what cifar2 sorts."
         require(not self.relabel or self.kind == "cifar10", "data.relabel", "go with kind cifar10", self.kind, advice)
         require(0 <= self.crop <= 64, "data.crop", "be in 0..64", self.crop)
-        require(0 <= self.memory_gb < math.inf, "data.memory_gb", "be at least 0", self.memory_gb)
+        require(0 <= self.memory_gb <= 6, "data.memory_gb", "be in [0, 6]", self.memory_gb)
         require(0 <= self.workers <= 256, "data.workers", "be in 0..256", self.workers)
         require(8 <= self.toy_rows <= 1 << 20, "data.toy_rows", "be in 8..1048576", self.toy_rows)
         require(8 <= self.toy_side <= 64, "data.toy_side", "be in 8..64", self.toy_side)
@@ -258,6 +258,8 @@ class VisionConfig(CoreConfig):
         for rival in self.rivals:
             depth, _, path = rival.partition("=")
             require(depth.isdecimal() and bool(path), "rivals", "be of DEPTH=FILE", rival, "Such as 20=resnet20.pt.")
+        depths = [rival.partition("=")[0] for rival in self.rivals]
+        require(len(set(depths)) == len(depths), "rivals", "name each depth once", self.rivals)
 
 
 CONFIG = VisionConfig

@@ -54,7 +54,16 @@ class DataSet:
         rows = self._found[0]
         feature = rows.features[COLUMNS[self.config.kind][1]]
         if hasattr(feature, "names"):
-            return tuple(feature.names)
+            named = [str(name) for name in feature.names]
+            strange = next((name for name in named if not (name and name.isprintable())), None)
+            if strange is not None:
+                raise ValueError(f"`data.path` must name classes in printable text, got {strange!r}. Rename the class.")
+            return tuple(named)
+        if "int" not in str(feature.dtype):
+            raise ValueError(
+                f"`{COLUMNS[self.config.kind][1]}` in {self.config.path!r} must be of whole numbers or named classes, got "
+                f"{feature.dtype}. Cast the column to ClassLabel."
+            )
         labels = np.asarray(rows.with_format("numpy")[COLUMNS[self.config.kind][1]][:])
         return tuple(str(index) for index in range(int(labels.max()) + 1))
 

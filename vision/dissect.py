@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from rlexit import dissection
 from rlexit.calibrate import Scores, TargetError, solve_macs
+from rlexit.checkpoint import write_atomic
 from rlexit.config import EvaluateConfig
 from rlexit.costs import CostTable, measured_costs
 from rlexit.dissection import BudgetRow, ExitRow, GroupRow, PictureRow
@@ -21,7 +23,7 @@ from rlexit.domain import Watch
 from rlexit.evaluate import method_name
 from rlexit.exit_policy import ExitPolicy
 from rlexit.interrupts import Stopped
-from rlexit.metrics import area_under_curve, hindsight_improvability
+from rlexit.metrics import hindsight_improvability
 from rlexit.network import StagedNetwork
 from rlexit.runtime import run
 from vision import budgets
@@ -47,12 +49,14 @@ class Subject:
         method: see `rlexit.rows.Row`.
         run_seed: of its training.
         full_macs: that everything is relative to.
+        full_ops: the same by the reference's count.
     """
 
     task: str
     method: str
     run_seed: int
     full_macs: int
+    full_ops: int
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,7 @@ def _exit_rows(subject: Subject, label: str, network: StagedNetwork, seen: Seen,
     for exit, (name, value, hindsight) in enumerate(zip(network.exit_names, values, improvable, strict=True)):
         macs = costs.exits[exit]
         place = (subject.task, subject.method, subject.run_seed, label, exit, name)
-        costs_here = float(macs), macs / subject.full_macs, counted.exits[exit] / counted.full
+        costs_here = float(macs), macs / subject.full_macs, counted.exits[exit] / subject.full_ops
         yield ExitRow(*place, value, hindsight, *costs_here, len(seen.labels), METRIC)
 
 
@@ -236,9 +240,8 @@ class _Looker:
         if first < 1:
             curve = [self._replayed(rule, float(level)) for level in np.linspace(first, 1, LEVELS)]
             spent, value = zip(*curve, strict=True)
-            width = max(spent) - min(spent)
-            mean = area_under_curve(spent, value) / width if width else value[0]
-            yield _budget(subject, self.count, "area", self.source, "replay", 1.0, mean, float(np.mean(spent)))
+            told = ("area", self.source, "replay", 1.0, float(np.mean(value)), float(np.mean(spent)))
+            yield _budget(subject, self.count, *told)
 
     def _thresholds(self, rule: str, share: float) -> Tensor | None:
         """(N, K - 1) the threshold of every test image, chosen for a share of the MACs; None if none is cheap enough."""
@@ -323,9 +326,10 @@ class _Looker:
         # Earliest first, the surest of an exit first.
         order = np.lexsort((-sure.numpy(), exits.numpy()))
         names = self.data.classes[:CLASSES_SHOWN]
-        sheet([self.data.tested.take(_own(order, self.seen.labels, index)) for index in range(len(names))]).save(
-            folder / "images.png"
-        )
+        rows_of_images = [self.data.tested.take(_own(order, self.seen.labels, index)) for index in range(len(names))]
+        packed = io.BytesIO()
+        sheet(rows_of_images).save(packed, "PNG")
+        write_atomic(folder / "images.png", packed.getvalue())
         caption = (
             f"{self.subject.method} at {label}, thresholds from {self.source}: a row per class ({', '.join(names)}); on "
             f"the left its {SHOWN} easiest images, which left first, on the right its {SHOWN} hardest, which left last."
@@ -344,14 +348,16 @@ def _own(order: np.ndarray, labels: Tensor, index: int) -> np.ndarray:
 def sheet(rows: Sequence[Images]) -> Image.Image:
     """Rows of images, each one's first half on the left and its second half on the right of a gap."""
     side = rows[0].pixels.shape[-1]
-    scale = max(SCALE_TO // side, 1)
-    cell, gap = scale * side + 2, scale * side // 2
+    # Small images by whole factors, so that their pixels stay square; large ones are made smaller.
+    shown = side * max(SCALE_TO // side, 1) if side <= SCALE_TO else SCALE_TO
+    way = Image.Resampling.NEAREST if side <= SCALE_TO else Image.Resampling.BICUBIC
+    cell, gap = shown + 2, shown // 2
     picture = Image.new("RGB", (2 * SHOWN * cell + gap, len(rows) * cell), "white")
     for line, images in enumerate(rows):
         half = len(images) // 2
         for place, pixels in enumerate(images.pixels):
             column, right = (place, 0) if place < half else (2 * SHOWN - len(images) + place, gap)
             tile = Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
-            tile = tile.resize((scale * side, scale * side), Image.Resampling.NEAREST)
+            tile = tile.resize((shown, shown), way)
             picture.paste(tile, (column * cell + right, line * cell))
     return picture

@@ -30,10 +30,13 @@ from vision.dissect import Subject, dissect
 from vision.gating import gating_of, learn_gates, refine
 from vision.importers import TIMM, given_weights
 from vision.network import Classifier, Gating, classifier, load_weights, weights
+from vision.reference_ops import reference_ops
 
 # Settings of the data set that a teacher is bound to; where it lies is not among them, what is in it is.
 BOUND = ("kind", "side", "holdout", "half", "long_tail", "relabel")
 FULL = "full"
+# Thresholds from held-out images spend a little more or less on others.
+RIVAL_SHARE = 0.98
 
 
 class VisionDomain:
@@ -61,6 +64,7 @@ class VisionDomain:
             "thresholds_from": f"{held_out:g} of the training images"
             if held_out
             else "the other half of the test images",
+            **({} if held_out else {"half": self.config.data.half}),
             "torch": torch.__version__,
         }
 
@@ -160,10 +164,11 @@ class VisionDomain:
         watch: Watch,
     ) -> None:
         """Every exit on all test images, compute budgets, classes, easy and hard images; see `vision.dissect`."""
-        subject = Subject(self.task, method, run_seed, full_macs)
-        # What rivals cost is a budget too, so that exits are asked what they reach with as much.
+        ops = reference_ops(self._classifier().eval(), self.example()).full
+        subject = Subject(self.task, method, run_seed, full_macs, ops)
+        # A little below what rivals cost is a budget too, so that exits are asked what they reach with no more.
         rivals = (cost_table(rival, self.example()).full / full_macs for rival in self._rivals().values())
-        shares = {*self.config.evaluate.budgets, *(math.ceil(share * 1e4) / 1e4 for share in rivals)}
+        shares = {*self.config.evaluate.budgets, *(math.floor(RIVAL_SHARE * share * 1e4) / 1e4 for share in rivals)}
         config = replace(self.config.evaluate, budgets=tuple(sorted(shares)))
         dissect(subject, networks, self.data, config, folder, watch)
 

@@ -16,6 +16,16 @@ SUFFIXES = (SAFETENSORS, ".pt", ".pth", ".th", ".bin")
 MAX_BYTES = 512 << 20
 MAX_PROGRAM_BYTES = 1 << 20
 TIMM = "timm:"
+DTYPES = (
+    torch.float32,
+    torch.float64,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+)
 
 _READER = Reader(
     MAX_BYTES,
@@ -49,7 +59,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             raise ImportRefused(f"{where} is cut, or no safetensors. {_READER.again}") from error
     else:
         found = _READER.state_dict(data, where)
-    return {_checked(name, value, where): value for name, value in found.items()}
+    checked = {_checked(name, value, where): value for name, value in found.items()}
+    if len(checked) < len(found):
+        raise ImportRefused(f"{where} must name each tensor once, got some with and without `module.`. {_READER.again}")
+    return checked
 
 
 def _checked(name: str, tensor: Tensor, where: str) -> str:
@@ -58,6 +71,8 @@ def _checked(name: str, tensor: Tensor, where: str) -> str:
     # A view with stride 0 claims terabytes that the file does not hold.
     if tensor.layout != torch.strided or not tensor.is_contiguous():
         raise ImportRefused(f"`{key}` in {where} must be contiguous. {_READER.again}")
+    if tensor.dtype not in DTYPES:
+        raise ImportRefused(f"`{key}` in {where} must be of ordinary numbers, got {tensor.dtype}. {_READER.again}")
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         raise ImportRefused(f"`{key}` in {where} must be finite, got NaN or infinity. Take an earlier save of it.")
     return name.removeprefix("module.")

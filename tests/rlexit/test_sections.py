@@ -105,6 +105,14 @@ def test_a_rival_that_is_cheaper_than_every_budget_is_said_to_be(tmp_path):
     assert "ztw has no budget that small" in bullets.items[0][2]
 
 
+def test_a_budget_far_below_a_rival_says_nothing_about_who_is_better(tmp_path):
+    static = replace(BUDGET, method="static", label="large", choice="fixed", budget=0.9, relative_macs=0.9, value=0.99)
+    blocks = told([folder_of(tmp_path, BUDGET, static)])
+    [bullets] = [block for block in blocks if isinstance(block, Bullets)]
+    assert bullets.items[0][0] == "cannot tell"
+    assert "spends only 0.490" in bullets.items[0][2]
+
+
 def test_every_exit_has_a_line_and_every_method_its_columns(tmp_path):
     rows = [
         EXIT,

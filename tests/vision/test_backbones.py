@@ -274,6 +274,15 @@ def test_weights_that_are_no_numbers_are_refused_by_name(tmp_path, name):
         read_weights(tmp_path / name)
 
 
+def test_odd_numbers_and_doubled_names_are_refused(tmp_path):
+    save_file({"a": torch.zeros(2).to(torch.float8_e5m2)}, tmp_path / "small.safetensors")
+    with pytest.raises(ImportRefused, match="`a` in .* must be of ordinary numbers, got torch.float8"):
+        read_weights(tmp_path / "small.safetensors")
+    save_file({"a": torch.zeros(2), "module.a": torch.ones(2)}, tmp_path / "twice.safetensors")
+    with pytest.raises(ImportRefused, match="must name each tensor once"):
+        read_weights(tmp_path / "twice.safetensors")
+
+
 def test_a_file_that_runs_something_is_refused_and_runs_nothing(tmp_path):
     class Evil:
         def __reduce__(self):

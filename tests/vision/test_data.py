@@ -274,6 +274,23 @@ def test_a_label_out_of_range_is_named_by_its_row(tmp_path):
         at(folder).evaluated("test")
 
 
+def test_labels_that_are_text_are_refused_by_their_column(tmp_path):
+    import datasets
+
+    folder = hub_folder(tmp_path / "text", pairs(4), pairs(4), classes=None)
+    for path in (folder / "plain_text").iterdir():
+        rows = datasets.Dataset.from_parquet(str(path)).cast_column("label", datasets.Value("string"))
+        rows.to_parquet(str(path))
+    with pytest.raises(ValueError, match="`label` in '.*text' must be of whole numbers or named classes, got string"):
+        at(folder).evaluated("test")
+
+
+def test_a_class_without_a_printable_name_is_refused(tmp_path):
+    folder = hub_folder(tmp_path / "odd", pairs(4), pairs(4), classes=("cat", "do\ng"))
+    with pytest.raises(ValueError, match="must name classes in printable text"):
+        _ = at(folder).classes
+
+
 def test_an_empty_folder_a_missing_one_and_none_are_told_apart(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="`data.path` must hold images or parquet files, got the empty folder"):

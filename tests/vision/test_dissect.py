@@ -41,7 +41,7 @@ def network() -> StagedNetwork:
 def dissected(folder, network, holdout: float, method: str = "sdn"):
     data = DataSet(replace(SMALL.data, holdout=holdout))
     full = cost_table(network, data.tested.pixels[:1]).full
-    dissect(Subject("toy", method, 3, full), {"": network}, data, CONFIG, folder, Watch())
+    dissect(Subject("toy", method, 3, full, full), {"": network}, data, CONFIG, folder, Watch())
     return data, {kind: dissection.load(folder, kind) for kind in dissection.FILES}
 
 
@@ -77,7 +77,7 @@ def test_each_half_s_thresholds_are_for_the_other_half(network):
     costs = cost_table(network, data.tested.pixels[:1])
     full = costs.full
     pairs = _pairs(network, seen, data, CONFIG, Watch())
-    limits = _Looker(Subject("toy", "sdn", 0, full), network, seen, pairs, costs, data, CONFIG, Watch())._thresholds(
+    limits = _Looker(Subject("toy", "sdn", 0, full, full), network, seen, pairs, costs, data, CONFIG, Watch())._thresholds(
         "confidence", 1.2
     )
     first, second = data.crossed
@@ -86,7 +86,7 @@ def test_each_half_s_thresholds_are_for_the_other_half(network):
     blind = seen.answers.clone()
     blind[torch.from_numpy(first)] = math.log(0.25)
     other = _pairs(network, replace(seen, answers=blind), data, CONFIG, Watch())
-    moved = _Looker(Subject("toy", "sdn", 0, full), network, seen, other, costs, data, CONFIG, Watch())._thresholds(
+    moved = _Looker(Subject("toy", "sdn", 0, full, full), network, seen, other, costs, data, CONFIG, Watch())._thresholds(
         "confidence", 1.2
     )
     assert torch.equal(moved[first], limits[first])
@@ -152,6 +152,11 @@ def test_a_sheet_has_the_first_half_on_the_left_and_the_second_on_the_right():
     assert picture[0, -3].tolist() == [100, 100, 100]
 
 
+def test_images_that_are_large_are_made_smaller():
+    large = Images(torch.zeros((2, 3, 224, 224), dtype=torch.uint8), torch.zeros(2))
+    assert sheet([large]).size[1] < 70
+
+
 def test_networks_without_exits_have_one_row_each(tmp_path):
     made = VisionDomain(SMALL)
     networks = {"width 0.5": made._classifier().eval(), "width 1": made._classifier().eval()}
@@ -162,10 +167,14 @@ def test_networks_without_exits_have_one_row_each(tmp_path):
         ("width 0.5", "fixed", 1.0),
         ("width 1", "fixed", 1.0),
     ]
+    half = VisionDomain(changed(SMALL, "backbone", width=0.125))._classifier().eval()
+    made.dissect({"half": half}, "static", 0, full, tmp_path, Watch())
+    [row] = dissection.load(tmp_path, ExitRow)
+    assert row.relative_ops < 0.5  # of the teacher's, as MACs are
 
 
 def test_a_stop_writes_nothing(tmp_path, network):
     data = DataSet(changed(SMALL, "data").data)
     with pytest.raises(Stopped):
-        dissect(Subject("toy", "sdn", 0, 1), {"": network}, data, CONFIG, tmp_path, Watch(stop=lambda: True))
+        dissect(Subject("toy", "sdn", 0, 1, 1), {"": network}, data, CONFIG, tmp_path, Watch(stop=lambda: True))
     assert not list(tmp_path.iterdir())
