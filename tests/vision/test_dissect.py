@@ -77,18 +77,18 @@ def test_each_half_s_thresholds_are_for_the_other_half(network):
     costs = cost_table(network, data.tested.pixels[:1])
     full = costs.full
     pairs = _pairs(network, seen, data, CONFIG, Watch())
-    limits = _Looker(Subject("toy", "sdn", 0, full, full), network, seen, pairs, costs, data, CONFIG, Watch())._thresholds(
-        "confidence", 1.2
-    )
+    limits = _Looker(
+        Subject("toy", "sdn", 0, full, full), network, seen, pairs, costs, data, CONFIG, Watch()
+    )._thresholds("confidence", 1.2)
     first, second = data.crossed
     assert len(set(limits[first].flatten().tolist())) == len(set(limits[second].flatten().tolist())) == 1
     # The first half's own scores decide what the second half gets: blind them, and only the second half's move.
     blind = seen.answers.clone()
     blind[torch.from_numpy(first)] = math.log(0.25)
     other = _pairs(network, replace(seen, answers=blind), data, CONFIG, Watch())
-    moved = _Looker(Subject("toy", "sdn", 0, full, full), network, seen, other, costs, data, CONFIG, Watch())._thresholds(
-        "confidence", 1.2
-    )
+    moved = _Looker(
+        Subject("toy", "sdn", 0, full, full), network, seen, other, costs, data, CONFIG, Watch()
+    )._thresholds("confidence", 1.2)
     assert torch.equal(moved[first], limits[first])
     assert not torch.equal(moved[second], limits[second])
 
