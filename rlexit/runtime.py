@@ -147,7 +147,7 @@ def replay(
             elif asked is not None and bool(asked.any()):
                 scores[:, state.exit - 1] = rule.score(state).masked_fill(~asked, torch.nan)
     leaves = (scores[:, :-1] > limits) | (limits == -torch.inf)
-    leaves = torch.cat([leaves, torch.ones_like(leaves[:, :1])], dim=1)
+    leaves = torch.cat([leaves, leaves.new_ones((len(state), 1))], dim=1)
     exits = leaves.to(torch.int64).argmax(dim=1)
     chosen = torch.stack(answers, dim=1)[torch.arange(len(state), device=state.device), exits]
     if recalled is not None:

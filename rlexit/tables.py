@@ -25,6 +25,7 @@ BADGES = {
     "none": ("no clear difference", "open"),
     "unknown": ("cannot tell", "open"),
 }
+MAX_SHARES = 8
 
 
 def summary_rows(rows: Sequence[Row], latency: Sequence[LatencyRow] = ()) -> list[dict[str, Any]]:
@@ -73,7 +74,10 @@ def summary_table(rows: Sequence[Mapping[str, Any]]) -> RichTable:
         "seed": [str(row["run_seed"]) for row in rows],
         "method": [row["method"] for row in rows],
         "operating point": [row["label"] for row in rows],
-        "value [95%]": [interval_text(Interval(row["mean"], row["mean_low"], row["mean_high"])) for row in rows],
+        "value [95%]": [
+            interval_text(Interval(row["mean"], row["mean_low"], row["mean_high"]), digits=_digits(row["metric"]))
+            for row in rows
+        ],
         "norm.": [number(row["normalised_return"]) for row in rows],
         "rel. MACs": [number(row["relative_macs"], 3) for row in rows],
         "exits %": [shares_text(row["exit_shares"]) for row in rows],
@@ -105,7 +109,7 @@ def points_table(part: Sequence[Point], folded: str = "", per_seed: bool = True)
     columns: list[tuple[str, list[str]]] = [
         ("method", [point.method for point in part]),
         ("operating point", [point.label for point in part]),
-        (f"{part[0].metric} [95%]", [interval_text(point.value) for point in part]),
+        (f"{part[0].metric} [95%]", [interval_text(point.value, digits=_digits(point.metric)) for point in part]),
         ("normalised [95%]", [interval_text(point.normalised) for point in part]),
         ("MACs", [macs_text(point.macs_mean).removesuffix("MACs").rstrip() for point in part]),
         ("relative MACs", [number(point.relative_macs.mean, 3) for point in part]),
@@ -210,10 +214,16 @@ def number(value: float, digits: int = 2) -> str:
     return f"{value:z,.{decimals}f}"  # z: no -0.00
 
 
-def interval_text(interval: Interval, sign: bool = False) -> str:
+def interval_text(interval: Interval, sign: bool = False, digits: int = 2) -> str:
     """Such as "3.10 [2.00, 4.20]", or the mean alone where there is no interval."""
-    mean = ("+" if sign and interval.mean > 0 else "") + number(interval.mean)
-    return mean if math.isnan(interval.low) else f"{mean} [{number(interval.low)}, {number(interval.high)}]"
+    mean = ("+" if sign and interval.mean > 0 else "") + number(interval.mean, digits)
+    low, high = number(interval.low, digits), number(interval.high, digits)
+    return mean if math.isnan(interval.low) else f"{mean} [{low}, {high}]"
+
+
+def _digits(metric: str) -> int:
+    # A tenth of a point of accuracy matters, a hundredth of a game's score does not.
+    return 4 if metric == "accuracy" else 2
 
 
 def macs_text(value: float) -> str:
@@ -225,7 +235,10 @@ def macs_text(value: float) -> str:
 
 
 def shares_text(shares: Sequence[float]) -> str:
-    """Percentages per exit, "50 / 20 / 30"."""
+    """Percentages per exit, "50 / 20 / 30"; of many exits the mean one, which fits on a line."""
+    if len(shares) > MAX_SHARES:
+        mean = sum(exit * share for exit, share in enumerate(shares))
+        return f"mean exit {mean:.1f} of 0..{len(shares) - 1}"
     return " / ".join(f"{100 * share:.0f}" for share in shares)
 
 

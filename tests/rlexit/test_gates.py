@@ -17,7 +17,7 @@ from rlexit.gates.policy_net import PolicyNet
 from rlexit.macs import macs_per_row
 from rlexit.runtime import run
 from rlexit.state import take
-from tests.rlexit.toys import CHANNELS, SIDE, executed, residual, scatter
+from tests.rlexit.toys import CHANNELS, SIDE, executed, residual, scatter, watched
 
 KINDS = list(gates)
 WIDE = ("conv_channel", "dense_channel", "pooled_channel", "mgl2s")

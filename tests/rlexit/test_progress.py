@@ -60,7 +60,7 @@ def test_of_many_exits_the_first_the_middle_and_the_last_are_shown(clock, paper)
     facts = {f"{curve}/exit{exit}": float(exit) for curve in ("loss", "agree") for exit in range(27)}
     with meter(paper) as tell:
         tell(1, 1, facts)
-    told = re.split(r"  +", paper.getvalue().strip())[5:]
+    told = re.split(r"  +| *\n", paper.getvalue().strip())[5:]
     assert told == [f"{curve}/exit{exit} {exit}" for curve in ("loss", "agree") for exit in (0, 13, 26)]
 
 

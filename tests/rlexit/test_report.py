@@ -15,7 +15,7 @@ from rich.console import Console
 
 from rlexit import plots, report
 from rlexit.rows import Row, write_rows
-from rlexit.tables import latency_table
+from rlexit.tables import latency_table, shares_text
 from tests.rlexit.test_pages import Page
 from tests.rlexit.toy_rows import PROTOCOL, episodes, latency, plain, references, row
 
@@ -312,3 +312,13 @@ def test_latencies_are_compared_with_the_teacher_of_the_same_task() -> None:
     table = latency_table(rows)
     assert table is not None
     assert {line[0]: line[3] for line in table.rows} == {"a teacher": "1.000", "a ztw": "0.500", "b teacher": "1.000"}
+
+
+def test_many_exits_are_told_by_their_mean() -> None:
+    assert shares_text((0.5, 0.2, 0.3)) == "50 / 20 / 30"
+    assert shares_text((0.5, *(0.0,) * 8, 0.5)) == "mean exit 4.5 of 0..9"
+
+
+def test_accuracies_have_four_digits() -> None:
+    table = report.summary_table(report.summary_rows(episodes([0.8546, 0.8546], metric="accuracy")))
+    assert any("0.8546 [0.8546, 0.8546]" in cell for column in table.columns for cell in map(str, column.cells))

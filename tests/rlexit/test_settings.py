@@ -161,7 +161,10 @@ def test_a_wrong_type_names_the_setting_and_the_value(words, says):
         (("--train.batch_size", "300"), "`train.batch_size` must divide the rollout, got 300."),
         (("--calibrate.confidence", "1"), "`calibrate.confidence` must be in [0.5, 1), got 1"),
         (("--calibrate.target_macs", "0.5,-1"), "`calibrate.target_macs` must be positive, got -1"),
-        (("--calibrate.rule", "guess"), "`calibrate.rule` must be one of confidence, entropy, margin, patience"),
+        (
+            ("--calibrate.rule", "guess"),
+            "`calibrate.rule` must be one of confidence, entropy, learned, margin, patience",
+        ),
         (("--methods", "stw"), "`methods` must be of ztw, sdn"),
         (("--methods", "[]"), "`methods` must name at least one"),
         (("--distill.learning_rate", ".inf"), "`distill.learning_rate` must be between 0 and 1, got inf"),
