@@ -15,7 +15,7 @@ from scipy import stats
 from torch import Tensor
 
 from rlexit.costs import CostTable
-from rlexit.exit_policy import ExitPolicy
+from rlexit.exit_policy import ExitPolicy, first_exit
 from rlexit.network import StagedNetwork
 from rlexit.rows import ReliabilityRow
 from rlexit.rules import rules
@@ -57,9 +57,7 @@ class Scores:
 
     def exits(self, threshold: float) -> Int[Tensor, " rows"]:
         """(N,) where each row would leave if all early exits had this threshold."""
-        leaves = self.early > threshold
-        last = torch.ones_like(leaves[:, :1])
-        return torch.cat([leaves, last], dim=1).to(torch.int64).argmax(dim=1)
+        return first_exit(self.early > threshold)
 
     def relative_macs(self, threshold: float) -> float:
         """Mean compute at this threshold, relative to the full network: what a run of these rows executes."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlexit import dissection
-from rlexit.dissection import BudgetRow, ExitRow, GroupRow
+from rlexit.dissection import BudgetRow, ExitRow, GroupRow, NoteRow
 from rlexit.resources import CONFIG
 from rlexit.rows import LatencyRow, Row, read_latency, read_rows
 from rlexit.summary import RANDOM, REFERENCES, TEACHER, outcomes
@@ -25,6 +25,7 @@ class Evidence:
         budgets: what labelled sets tell: values at compute budgets.
         exits: every exit alone.
         groups: groups of rows.
+        notes: what a domain says about columns of its own.
     """
 
     rows: Mapping[Path, Sequence[Row]]
@@ -32,6 +33,7 @@ class Evidence:
     budgets: Sequence[BudgetRow] = ()
     exits: Sequence[ExitRow] = ()
     groups: Sequence[GroupRow] = ()
+    notes: Sequence[NoteRow] = ()
 
 
 def gather(folders: Sequence[Path]) -> Evidence:
@@ -41,21 +43,23 @@ def gather(folders: Sequence[Path]) -> Evidence:
     Runs of one config are one: their seeds are put together.
     """
     rows = {folder: read_if_there(folder / "eval" / "episodes.csv", read_rows) for folder in folders}
+    timed = {folder: read_if_there(folder / "eval" / "latency.csv", read_latency) for folder in folders}
+    kinds = (BudgetRow, ExitRow, GroupRow, NoteRow)
+    labelled = [{folder: dissection.load(folder / "eval", kind) for folder in folders} for kind in kinds]
     roots = {folder: _root(folder) for folder in folders}
     names = _names(sorted(set(roots.values())))
-    clashing = _clashing(rows, roots)
+    # A method may stand in one kind of rows only: PBEE has no episodes where no grid was played.
+    clashing = _clashing(rows, roots) | _made_twice([rows, *labelled], roots)
 
-    def told_apart(read: Callable[[Path], list[Any]]) -> list[Any]:
+    def told_apart(found: Mapping[Path, Sequence[Any]]) -> list[Any]:
         # A teacher's rows may stand in several run folders.
-        found = (_renamed(row, names[roots[folder]], clashing) for folder in folders for row in read(folder / "eval"))
-        return list(dict.fromkeys(found))
+        renamed = (_renamed(row, names[roots[folder]], clashing) for folder in folders for row in found[folder])
+        return list(dict.fromkeys(renamed))
 
     return Evidence(
         {folder: [_renamed(row, names[roots[folder]], clashing) for row in rows[folder]] for folder in folders},
-        told_apart(lambda place: read_if_there(place / "latency.csv", read_latency)),
-        told_apart(lambda place: dissection.load(place, BudgetRow)),
-        told_apart(lambda place: dissection.load(place, ExitRow)),
-        told_apart(lambda place: dissection.load(place, GroupRow)),
+        told_apart(timed),
+        *map(told_apart, labelled),
     )
 
 
@@ -78,8 +82,18 @@ def _clashing(rows: Mapping[Path, Sequence[Row]], roots: Mapping[Path, Path]) ->
             runs[row.task, row.method].add(roots[folder])
             if len(seen[key]) > 1:
                 unlike.add((row.task, row.method))
-    found = {what for what, of in runs.items() if len({_config(root) for root in of}) > 1}
-    return found | {what for what in unlike if len(runs[what]) > 1}
+    return {what for what in unlike if len(runs[what]) > 1}
+
+
+def _made_twice(kinds: Sequence[Mapping[Path, Sequence[Any]]], roots: Mapping[Path, Path]) -> set[tuple[str, str]]:
+    """(task, method) that runs of different configs have."""
+    configs: dict[tuple[str, str], set[bytes]] = defaultdict(set)
+    for found in kinds:
+        for folder, part in found.items():
+            for what in {(row.task, row.method) for row in part}:
+                if what[1] not in (TEACHER, RANDOM):
+                    configs[what].add(_config(roots[folder]))
+    return {what for what, of in configs.items() if len(of) > 1}
 
 
 def _config(root: Path) -> bytes:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlexit.rules import Rule, rules
@@ -83,6 +83,11 @@ class ExitPolicy:
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"`exit policy` must have rule, thresholds, label, provenance, got {value}.") from error
         return cls(rule, thresholds, label, provenance, budget)
+
+
+def first_exit(leaves: Bool[Tensor, "rows early"]) -> Int[Tensor, " rows"]:
+    """(N,) where each row leaves: the first early exit of (N, K - 1) that lets it, else the last exit."""
+    return torch.cat([leaves, leaves.new_ones((len(leaves), 1))], dim=1).to(torch.int64).argmax(dim=1)
 
 
 def threshold_rows(policies: Sequence[ExitPolicy], exits: int) -> Float[Tensor, "rows early"]:

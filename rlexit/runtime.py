@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlexit.budget import run_within
-from rlexit.exit_policy import ExitPolicy, threshold_rows
+from rlexit.exit_policy import ExitPolicy, first_exit, threshold_rows
 from rlexit.gates import Mode
 from rlexit.leaving import Doors, Record, RunResult, check_thresholds, gathered, leaving, recall
 from rlexit.network import StagedNetwork
@@ -146,9 +146,7 @@ def replay(
                 scores[:, state.exit - 1] = rule.score(state)
             elif asked is not None and bool(asked.any()):
                 scores[:, state.exit - 1] = rule.score(state).masked_fill(~asked, torch.nan)
-    leaves = (scores[:, :-1] > limits) | (limits == -torch.inf)
-    leaves = torch.cat([leaves, leaves.new_ones((len(state), 1))], dim=1)
-    exits = leaves.to(torch.int64).argmax(dim=1)
+    exits = first_exit((scores[:, :-1] > limits) | (limits == -torch.inf))
     chosen = torch.stack(answers, dim=1)[torch.arange(len(state), device=state.device), exits]
     if recalled is not None:
         repeats = recalled.action == 0

@@ -12,7 +12,8 @@ from rlexit.domain import Act
 from rlexit.interrupts import Stopped
 from rlexit.students import Observed
 
-Labelled = list[tuple[Any, Tensor]]
+# Of labelled samples: (inputs, labels) of each of its batches.
+Buffer = list[tuple[Any, Tensor]]
 
 
 class SharedSamples:
@@ -25,13 +26,12 @@ class SharedSamples:
         look: passes inputs through the frozen backbone.
     """
 
-    def __init__(self, samples: Callable[[int], Iterator[Labelled]], look: Callable[[Any], Observed]) -> None:
+    def __init__(self, samples: Callable[[int], Iterator[Buffer]], look: Callable[[Any], Observed]) -> None:
         self.samples, self.look = samples, look
         self.index = -1
-        self.buffer: Labelled = []
+        self.buffer: Buffer = []
         self.seen: list[Observed | None] = []
-        self.source: Iterator[Labelled] = iter(())
-        self.looks = 0
+        self.source: Iterator[Buffer] = iter(())
 
     def __call__(self, act: Act, first: int) -> Iterator[int]:
         """Batches for one of the students (`domain.Batches`)."""
@@ -56,7 +56,6 @@ class SharedSamples:
         known = self.seen[place]
         if known is None:
             known = self.look(inputs)
-            self.looks += 1
             self.seen[place] = known
         return known
 

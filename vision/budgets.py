@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-BUDGETS = (0.25, 0.5, 0.75, 1.0)
+from rlexit.exit_policy import first_exit
+
 THRESHOLDS = 1000
 
 
@@ -34,10 +35,6 @@ class Sweep:
         within = torch.nonzero(self.cost < budget).flatten()
         return float(self.accuracy[within[-1]]) if len(within) else math.nan
 
-    def table(self, full: float, budgets: Sequence[float] = BUDGETS) -> dict[str, float]:
-        """Accuracies at shares of the full network's cost, and the best of all thresholds ("max")."""
-        return {**{f"{share:g}": self.at(share * full) for share in budgets}, "max": float(self.accuracy.max())}
-
 
 def _outcome(exits: Tensor, right: Tensor, costs: Tensor) -> tuple[float, float]:
     rows = torch.arange(len(exits))
@@ -52,16 +49,12 @@ def _swept(exits: Sequence[Tensor], right: Tensor, costs: Sequence[float]) -> Sw
 
 def confidence_exits(confidences: Tensor, threshold: float) -> Tensor:
     """(N,) the first exit of each row whose confidence (N, K) is above the threshold; else the last."""
-    leaves = confidences > threshold
-    leaves[:, -1] = True
-    return leaves.to(torch.int64).argmax(dim=1)
+    return first_exit(confidences[:, :-1] > threshold)
 
 
 def patience_exits(chosen: Tensor, patience: int) -> Tensor:
     """(N,) the first exit that is the `patience`-th in a row to choose (N, K) the same; else the last."""
-    leaves = streaks(chosen) >= patience
-    leaves[:, -1] = True
-    return leaves.to(torch.int64).argmax(dim=1)
+    return first_exit(streaks(chosen)[:, :-1] >= patience)
 
 
 def streaks(chosen: Tensor) -> Tensor:
@@ -138,6 +131,9 @@ def batch_thresholds(confidences: Tensor, shares: Tensor) -> list[float]:
             continue
         sure = confidences[:, exit].where(remaining, -torch.inf).sort(descending=True).values
         limit = float(sure[count]) if count < int(remaining.sum()) else -math.inf
+        if limit == float(sure[count - 1]):
+            # Those who tie leave together, as in the released code: were all to stay, the batch would cost more.
+            limit = float(torch.nextafter(sure[count], sure.new_tensor(-math.inf)))
         found.append(limit)
         remaining &= ~(confidences[:, exit] > limit)
     return found

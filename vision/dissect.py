@@ -18,10 +18,22 @@ from rlexit.calibrate import Scores, TargetError, solve_macs
 from rlexit.checkpoint import write_atomic
 from rlexit.config import EvaluateConfig
 from rlexit.costs import CostTable, measured_costs
-from rlexit.dissection import BudgetRow, ExitRow, GroupRow, PictureRow
+from rlexit.dissection import (
+    AREA,
+    BATCH,
+    EXITS,
+    FIXED,
+    HONEST,
+    REFERENCE,
+    BudgetRow,
+    ExitRow,
+    GroupRow,
+    NoteRow,
+    PictureRow,
+)
 from rlexit.domain import Watch
 from rlexit.evaluate import method_name
-from rlexit.exit_policy import ExitPolicy
+from rlexit.exit_policy import ExitPolicy, first_exit
 from rlexit.interrupts import Stopped
 from rlexit.metrics import hindsight_improvability
 from rlexit.network import StagedNetwork
@@ -29,11 +41,10 @@ from rlexit.runtime import run
 from vision import budgets
 from vision.data import DataSet
 from vision.decoding import Images
-from vision.reference_ops import reference_ops
+from vision.reference_ops import NOTE, reference_ops
 
 METRIC = "accuracy"
 LEVELS = 41
-LABEL = "exits"
 SHOWN = 8
 CLASSES_SHOWN = 10
 SCALE_TO = 64
@@ -41,7 +52,7 @@ MIDDLE = 0.5
 
 
 @dataclass(frozen=True)
-class Subject:
+class Owner:
     """Whose rows are written.
 
     Args:
@@ -106,7 +117,7 @@ def see(network: StagedNetwork, images: Images, batch: int, watch: Watch) -> See
 
 
 def dissect(
-    subject: Subject,
+    owner: Owner,
     networks: Mapping[str, StagedNetwork],
     data: DataSet,
     config: EvaluateConfig,
@@ -116,7 +127,7 @@ def dissect(
     """Writes the files of `rlexit.dissection` into `folder`.
 
     Args:
-        subject: whose.
+        owner: whose.
         networks: one named "" with exits, or some without by name.
         data: whose test images are looked at, all of them.
         config: budgets, rules, execution, images per batch.
@@ -130,36 +141,38 @@ def dissect(
     for name, network in networks.items():
         seen = see(network, data.tested, config.n_envs, watch)
         costs = measured_costs(network, data.tested.pixels.split(config.n_envs))
-        exits += _exit_rows(subject, name or LABEL, network, seen, costs)
+        exits += _exit_rows(owner, name or EXITS, network, seen, costs)
         if network.exits == 1:
-            spent = costs.exits[-1] / subject.full_macs
+            spent = costs.exits[-1] / owner.full_macs
             value = float(seen.right[:, 0].double().mean())
-            found.append(_budget(subject, len(seen.labels), "fixed", "", "real", spent, value, spent, name or LABEL))
+            found.append(_budget(owner, len(seen.labels), FIXED, "", "real", spent, value, spent, name or EXITS))
             continue
         pairs = _pairs(network, seen, data, config, watch)
-        looker = _Looker(subject, network, seen, pairs, costs, data, config, watch)
+        looker = _Looker(owner, network, seen, pairs, costs, data, config, watch)
         for rule in ("confidence", "patience"):
-            method = method_name(subject.method, rule)
-            if rule == "confidence" or (method != subject.method and rule in config.rules):
+            method = method_name(owner.method, rule)
+            if rule == "confidence" or (method != owner.method and rule in config.rules):
                 found += looker.rows(rule, method)
         looker.show(folder)
     dissection.write(folder, exits)
+    note = NoteRow(owner.task, owner.method, owner.run_seed, "relative_ops", NOTE)
+    dissection.write(folder, [note])
     dissection.write(folder, found)
 
 
-def _exit_rows(subject: Subject, label: str, network: StagedNetwork, seen: Seen, costs: CostTable) -> Iterator[ExitRow]:
+def _exit_rows(owner: Owner, label: str, network: StagedNetwork, seen: Seen, costs: CostTable) -> Iterator[ExitRow]:
     values = seen.right.double().mean(dim=0).tolist()
     improvable = hindsight_improvability(seen.chosen.numpy(), seen.labels.numpy()).tolist()
     counted = reference_ops(network, torch.zeros((1, *seen.shape), dtype=torch.uint8))
     for exit, (name, value, hindsight) in enumerate(zip(network.exit_names, values, improvable, strict=True)):
         macs = costs.exits[exit]
-        place = (subject.task, subject.method, subject.run_seed, label, exit, name)
-        costs_here = float(macs), macs / subject.full_macs, counted.exits[exit] / subject.full_ops
+        place = (owner.task, owner.method, owner.run_seed, label, exit, name)
+        costs_here = float(macs), macs / owner.full_macs, counted.exits[exit] / owner.full_ops
         yield ExitRow(*place, value, hindsight, *costs_here, len(seen.labels), METRIC)
 
 
 def _budget(
-    subject: Subject,
+    owner: Owner,
     count: int,
     choice: str,
     source: str,
@@ -167,9 +180,9 @@ def _budget(
     budget: float,
     value: float,
     spent: float,
-    label: str = LABEL,
+    label: str = EXITS,
 ) -> BudgetRow:
-    place = (subject.task, subject.method, subject.run_seed, label, choice, source, execution)
+    place = (owner.task, owner.method, owner.run_seed, label, choice, source, execution)
     return BudgetRow(*place, budget, value, spent, count, METRIC)
 
 
@@ -190,7 +203,7 @@ class _Looker:
 
     def __init__(
         self,
-        subject: Subject,
+        owner: Owner,
         network: StagedNetwork,
         seen: Seen,
         pairs: Sequence[tuple[Seen, np.ndarray]],
@@ -199,7 +212,7 @@ class _Looker:
         config: EvaluateConfig,
         watch: Watch,
     ) -> None:
-        self.subject, self.network, self.seen, self.pairs = subject, network, seen, pairs
+        self.owner, self.network, self.seen, self.pairs = owner, network, seen, pairs
         self.data, self.config, self.watch = data, config, watch
         self.costs = costs
         self.count = len(seen.labels)
@@ -210,38 +223,38 @@ class _Looker:
 
     def rows(self, rule: str, method: str) -> list[BudgetRow]:
         """The time-budget table of one rule."""
-        subject = replace(self.subject, method=method)
-        found = [*self._reference(subject, rule), *self._honest(subject, rule)]
-        return found if rule == "patience" else [*found, *self._batch(subject)]
+        owner = replace(self.owner, method=method)
+        found = [*self._reference(owner, rule), *self._honest(owner, rule)]
+        return found if rule == "patience" else [*found, *self._batch(owner)]
 
-    def _reference(self, subject: Subject, rule: str) -> Iterator[BudgetRow]:
+    def _reference(self, owner: Owner, rule: str) -> Iterator[BudgetRow]:
         """Thresholds tried on the test images, as published: a replay, because it is a search."""
         seen, costs = self.seen, [float(macs) for macs in self.costs.exits]
         if rule == "patience":
             sweep = budgets.sweep_patience(seen.chosen, seen.right, costs)
         else:
             sweep = budgets.sweep_confidence(seen.scores(rule), seen.right, costs)
-        told = ("reference", "all test images", "replay")
+        told = (REFERENCE, "all test images", "replay")
         for share in self.config.budgets:
-            if not math.isnan(value := sweep.at(share * subject.full_macs)):
-                spent = float(sweep.cost[sweep.cost < share * subject.full_macs][-1]) / subject.full_macs
-                yield _budget(subject, self.count, *told, share, value, spent)
+            if not math.isnan(value := sweep.at(share * owner.full_macs)):
+                spent = float(sweep.cost[sweep.cost < share * owner.full_macs][-1]) / owner.full_macs
+                yield _budget(owner, self.count, *told, share, value, spent)
         best = int(sweep.accuracy.argmax())
-        spent = float(sweep.cost[best]) / subject.full_macs
-        yield _budget(subject, self.count, *told, math.inf, float(sweep.accuracy[best]), spent)
+        spent = float(sweep.cost[best]) / owner.full_macs
+        yield _budget(owner, self.count, *told, math.inf, float(sweep.accuracy[best]), spent)
 
-    def _honest(self, subject: Subject, rule: str) -> Iterator[BudgetRow]:
+    def _honest(self, owner: Owner, rule: str) -> Iterator[BudgetRow]:
         """One threshold from held-out images, and the mean over many budgets up to the full network's."""
         for share in self.config.budgets:
             thresholds = self._thresholds(rule, share)
             if thresholds is not None:
-                yield self._measured(subject, rule, share, thresholds)
-        first = self.costs.exits[0] / subject.full_macs
+                yield self._measured(owner, rule, share, thresholds)
+        first = self.costs.exits[0] / owner.full_macs
         if first < 1:
             curve = [self._replayed(rule, float(level)) for level in np.linspace(first, 1, LEVELS)]
             spent, value = zip(*curve, strict=True)
-            told = ("area", self.source, "replay", 1.0, float(np.mean(value)), float(np.mean(spent)))
-            yield _budget(subject, self.count, *told)
+            told = (AREA, self.source, "replay", 1.0, float(np.mean(value)), float(np.mean(spent)))
+            yield _budget(owner, self.count, *told)
 
     def _thresholds(self, rule: str, share: float) -> Tensor | None:
         """(N, K - 1) the threshold of every test image, chosen for a share of the MACs; None if none is cheap enough."""
@@ -262,26 +275,25 @@ class _Looker:
 
     def _left(self, rule: str, thresholds: Tensor) -> tuple[float, float]:
         """Spent share of the MACs, and accuracy, where every image leaves by its own thresholds; a replay."""
-        leaves = self.seen.scores(rule) > torch.cat([thresholds, torch.full((self.count, 1), -math.inf)], dim=1)
-        left = leaves.to(torch.int64).argmax(dim=1)
+        left = first_exit(self.seen.scores(rule)[:, :-1] > thresholds)
         macs = torch.tensor(self.costs.exits, dtype=torch.float64)[left]
         right = self.seen.right[torch.arange(self.count), left].double()
-        return float(macs.mean()) / self.subject.full_macs, float(right.mean())
+        return float(macs.mean()) / self.owner.full_macs, float(right.mean())
 
-    def _batch(self, subject: Subject) -> Iterator[BudgetRow]:
+    def _batch(self, owner: Owner) -> Iterator[BudgetRow]:
         """A threshold per exit, so that a batch of test images meets its budget whatever the single image costs."""
         for share in self.config.budgets:
-            if share * subject.full_macs < self.costs.exits[0]:
+            if share * owner.full_macs < self.costs.exits[0]:
                 continue
-            shares = budgets.batch_shares([float(macs) for macs in self.costs.exits], share * subject.full_macs)
+            shares = budgets.batch_shares([float(macs) for macs in self.costs.exits], share * owner.full_macs)
             thresholds = torch.empty((self.count, self.network.exits - 1))
             for held_out, index in self.pairs:
                 limits = budgets.batch_thresholds(held_out.scores("confidence"), shares)
                 thresholds[torch.from_numpy(index)] = torch.tensor(limits)
             spent, value = self._left("confidence", thresholds)
-            yield _budget(subject, self.count, "batch", self.source, "replay", share, value, spent)
+            yield _budget(owner, self.count, BATCH, self.source, "replay", share, value, spent)
 
-    def _measured(self, subject: Subject, rule: str, share: float, thresholds: Tensor) -> BudgetRow:
+    def _measured(self, owner: Owner, rule: str, share: float, thresholds: Tensor) -> BudgetRow:
         """Runs all test images, each with its own thresholds."""
         exits: list[Tensor] = []
         macs: list[Tensor] = []
@@ -299,8 +311,8 @@ class _Looker:
         spent = torch.cat(macs).double()
         if rule == "confidence":
             self.kept[share] = torch.cat(exits), spent
-        relative = float(spent.mean()) / subject.full_macs
-        return _budget(subject, self.count, "honest", self.source, "real", share, right / self.count, relative)
+        relative = float(spent.mean()) / owner.full_macs
+        return _budget(owner, self.count, HONEST, self.source, "real", share, right / self.count, relative)
 
     def show(self, folder: Path) -> None:
         """Classes and pictures at the budget nearest to half of the MACs; nothing where no budget could be met."""
@@ -310,7 +322,7 @@ class _Looker:
         exits, macs = self.kept[share]
         rows = torch.arange(self.count)
         right = self.seen.right[rows, exits]
-        place = (self.subject.task, self.subject.method, self.subject.run_seed)
+        place = (self.owner.task, self.owner.method, self.owner.run_seed)
         label = f"{share:g} of the MACs"
         groups: list[GroupRow] = []
         for index, name in enumerate(self.data.classes):
@@ -319,7 +331,7 @@ class _Looker:
                 continue
             shares = torch.bincount(exits[mine], minlength=self.network.exits).double() / int(mine.sum())
             value = float(right[mine].double().mean())
-            spent = float(macs[mine].mean()) / self.subject.full_macs
+            spent = float(macs[mine].mean()) / self.owner.full_macs
             groups.append(GroupRow(*place, label, name, value, spent, tuple(shares.tolist()), int(mine.sum()), METRIC))
         dissection.write(folder, groups)
         sure = self.seen.answers[rows, exits].amax(dim=-1)
@@ -331,7 +343,7 @@ class _Looker:
         sheet(rows_of_images).save(packed, "PNG")
         write_atomic(folder / "images.png", packed.getvalue())
         caption = (
-            f"{self.subject.method} at {label}, thresholds from {self.source}: a row per class ({', '.join(names)}); on "
+            f"{self.owner.method} at {label}, thresholds from {self.source}: a row per class ({', '.join(names)}); on "
             f"the left its {SHOWN} easiest images, which left first, on the right its {SHOWN} hardest, which left last."
         )
         row = PictureRow(*place, "images.png", "The easiest and the hardest images of every class", caption)

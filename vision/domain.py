@@ -18,7 +18,7 @@ from rlexit.config import Method
 from rlexit.costs import cost_table
 from rlexit.domain import Act, Batches, Played, Split, Watch
 from rlexit.ensembles import Ensemble, ensembles
-from rlexit.exit_policy import ExitPolicy, threshold_rows
+from rlexit.exit_policy import ExitPolicy, first_exit, threshold_rows
 from rlexit.network import StagedNetwork
 from rlexit.runtime import replay, run
 from vision import train
@@ -26,7 +26,7 @@ from vision.batches import Stream
 from vision.config import BackboneConfig, NetworkConfig, VisionConfig
 from vision.data import DataSet
 from vision.decoding import Images
-from vision.dissect import Subject, dissect
+from vision.dissect import Owner, dissect
 from vision.gating import gating_of, learn_gates, refine
 from vision.importers import TIMM, given_weights
 from vision.network import Classifier, Gating, classifier, load_weights, weights
@@ -165,12 +165,12 @@ class VisionDomain:
     ) -> None:
         """Every exit on all test images, compute budgets, classes, easy and hard images; see `vision.dissect`."""
         ops = reference_ops(self._classifier().eval(), self.example()).full
-        subject = Subject(self.task, method, run_seed, full_macs, ops)
+        owner = Owner(self.task, method, run_seed, full_macs, ops)
         # A little below what rivals cost is a budget too, so that exits are asked what they reach with no more.
         rivals = (cost_table(rival, self.example()).full / full_macs for rival in self._rivals().values())
         shares = {*self.config.evaluate.budgets, *(math.floor(RIVAL_SHARE * share * 1e4) / 1e4 for share in rivals)}
         config = replace(self.config.evaluate, budgets=tuple(sorted(shares)))
-        dissect(subject, networks, self.data, config, folder, watch)
+        dissect(owner, networks, self.data, config, folder, watch)
 
     def example(self) -> Tensor:
         """(1, 3, H, W) uint8."""
@@ -305,9 +305,7 @@ class _Replayed:
     def played(self, policy: ExitPolicy, index: int, episode: int) -> Played:
         """Where everybody would have left, and who was right there."""
         rows, exits = self.right.shape
-        leaves = self.scores > threshold_rows([policy], exits)
-        last = torch.ones((rows, 1), dtype=torch.bool)
-        left = torch.cat([leaves, last], dim=1).to(torch.int64).argmax(dim=1)
+        left = first_exit(self.scores > threshold_rows([policy], exits))
         right = float(self.right[torch.arange(rows), left].double().mean())
         counts = np.bincount(left.numpy(), minlength=exits)
         return Played(index, episode, episode, right, rows, self.macs, counts)

@@ -18,6 +18,11 @@ from rlexit.costs import cost_table
 from rlexit.heads import SDNPool
 from rlexit.network import StagedNetwork
 
+NOTE = (
+    "It is that of the published tables: multiplications and additions apart, and convolutions in groups overrated, which "
+    "makes MobileNet's depthwise ones its largest part."
+)
+
 
 @dataclass(frozen=True)
 class ReferenceOps:

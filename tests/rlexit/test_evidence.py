@@ -92,6 +92,15 @@ def test_what_labelled_sets_tell_is_renamed_with_the_rows(tmp_path: Path) -> Non
     assert [(row.method, row.value) for row in gather(folders).budgets] == [("ztw (pong)", 0.8), ("ztw (short)", 0.9)]
 
 
+def test_a_method_without_episodes_is_renamed_too(tmp_path: Path) -> None:
+    folders = []
+    for name in ("pong", "short"):
+        folders.append(evaluated(tmp_path / name, episodes([0.8]), config=name))
+        row = BudgetRow("pong", "pbee", 0, "exits", "honest", "", "real", 0.5, 0.8, 0.49, 10, "accuracy")
+        dissection.write(folders[-1] / "eval", [row])
+    assert [row.method for row in gather(folders).budgets] == ["pbee (pong)", "pbee (short)"]
+
+
 def test_two_teachers_of_one_game_are_still_refused(tmp_path: Path) -> None:
     one = evaluated(tmp_path / "pong", [*references(), *episodes([18.0])])
     other = evaluated(tmp_path / "pong_demo", [*plain("teacher", [1.0, 2.0]), *episodes([18.0])])

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from rlexit.exit_policy import first_exit
 from rlexit.metrics import hindsight_improvability
 from vision.budgets import (
     Sweep,
@@ -52,14 +53,9 @@ def test_hindsight_improvability_has_the_golden_values():
 
 def test_a_budget_takes_the_most_patient_threshold_strictly_below_it():
     sweep = Sweep(torch.tensor([0.4, 0.8, 0.6]), torch.tensor([10.0, 25.0, 45.0]))
-    assert sweep.at(10.0) != sweep.at(10.0)  # NaN: strictly below
+    assert math.isnan(sweep.at(10.0))  # strictly below
     assert sweep.at(45.0) == pytest.approx(0.8)
     assert sweep.at(45.1) == pytest.approx(0.6)
-    table = sweep.table(50.0)
-    assert list(table) == ["0.25", "0.5", "0.75", "1", "max"]
-    assert table["0.25"] == pytest.approx(0.4)
-    assert table["max"] == pytest.approx(0.8)
-    assert math.isnan(Sweep(torch.tensor([1.0]), torch.tensor([2.0])).table(1.0)["1"])
 
 
 def test_a_softmax_that_rounds_to_1_does_not_pass_the_last_threshold():
@@ -94,9 +90,17 @@ def test_thresholds_of_a_batch_let_the_surest_leave_in_these_shares():
     confidences = torch.rand(1000, 4, generator=generator)
     shares = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
     limits = batch_thresholds(confidences, shares)
-    leaves = confidences[:, :3] > torch.tensor(limits)
-    left = torch.cat([leaves, torch.ones(1000, 1, dtype=torch.bool)], dim=1).to(torch.int64).argmax(dim=1)
+    left = first_exit(confidences[:, :3] > torch.tensor(limits))
     assert torch.bincount(left, minlength=4).tolist() == [400, 300, 200, 100]
+
+
+def test_images_that_tie_leave_together_so_that_a_batch_keeps_its_budget():
+    confidences = torch.rand(1000, 4, generator=torch.Generator().manual_seed(0)).mul(0.9)
+    confidences[:600] = 1.0  # as a softmax that rounds to 1
+    shares = torch.tensor([0.4, 0.3, 0.2, 0.1], dtype=torch.float64)
+    limits = batch_thresholds(confidences, shares)
+    left = first_exit(confidences[:, :3] > torch.tensor(limits))
+    assert torch.bincount(left, minlength=4).tolist() == [600, 100, 200, 100]
 
 
 def test_an_exit_without_a_share_is_closed_and_all_may_leave_at_the_first():

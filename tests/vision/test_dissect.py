@@ -20,7 +20,7 @@ from rlexit.network import StagedNetwork
 from tests.vision.small_images import SMALL, changed
 from vision.data import DataSet
 from vision.decoding import Images
-from vision.dissect import SHOWN, Subject, dissect, sheet
+from vision.dissect import SHOWN, Owner, dissect, sheet
 from vision.domain import VisionDomain
 from vision.network import classifier
 
@@ -41,7 +41,7 @@ def network() -> StagedNetwork:
 def dissected(folder, network, holdout: float, method: str = "sdn"):
     data = DataSet(replace(SMALL.data, holdout=holdout))
     full = cost_table(network, data.tested.pixels[:1]).full
-    dissect(Subject("toy", method, 3, full, full), {"": network}, data, CONFIG, folder, Watch())
+    dissect(Owner("toy", method, 3, full, full), {"": network}, data, CONFIG, folder, Watch())
     return data, {kind: dissection.load(folder, kind) for kind in dissection.FILES}
 
 
@@ -78,7 +78,7 @@ def test_each_half_s_thresholds_are_for_the_other_half(network):
     full = costs.full
     pairs = _pairs(network, seen, data, CONFIG, Watch())
     limits = _Looker(
-        Subject("toy", "sdn", 0, full, full), network, seen, pairs, costs, data, CONFIG, Watch()
+        Owner("toy", "sdn", 0, full, full), network, seen, pairs, costs, data, CONFIG, Watch()
     )._thresholds("confidence", 1.2)
     first, second = data.crossed
     assert len(set(limits[first].flatten().tolist())) == len(set(limits[second].flatten().tolist())) == 1
@@ -86,9 +86,9 @@ def test_each_half_s_thresholds_are_for_the_other_half(network):
     blind = seen.answers.clone()
     blind[torch.from_numpy(first)] = math.log(0.25)
     other = _pairs(network, replace(seen, answers=blind), data, CONFIG, Watch())
-    moved = _Looker(
-        Subject("toy", "sdn", 0, full, full), network, seen, other, costs, data, CONFIG, Watch()
-    )._thresholds("confidence", 1.2)
+    moved = _Looker(Owner("toy", "sdn", 0, full, full), network, seen, other, costs, data, CONFIG, Watch())._thresholds(
+        "confidence", 1.2
+    )
     assert torch.equal(moved[first], limits[first])
     assert not torch.equal(moved[second], limits[second])
 
@@ -176,5 +176,5 @@ def test_networks_without_exits_have_one_row_each(tmp_path):
 def test_a_stop_writes_nothing(tmp_path, network):
     data = DataSet(changed(SMALL, "data").data)
     with pytest.raises(Stopped):
-        dissect(Subject("toy", "sdn", 0, 1, 1), {"": network}, data, CONFIG, tmp_path, Watch(stop=lambda: True))
+        dissect(Owner("toy", "sdn", 0, 1, 1), {"": network}, data, CONFIG, tmp_path, Watch(stop=lambda: True))
     assert not list(tmp_path.iterdir())
