@@ -7,8 +7,10 @@ single    one image on one thread, leaving at every exit with all heads before i
 training  samples per second of training all exits side by side (SDN's and ZTW's heads) against the bare work, which is one
           frozen forward and every head's forward and backward: at least 0.6. And the peak memory of this process.
 
-Weights are random and images generated: neither changes how long anything takes. Each figure is a median over alternating
-repeats, with the smallest and largest. Run it with nothing beside it.
+Weights are random and images generated: neither changes how long anything takes. So that the rows of `batched` leave exit by
+exit all the same, as those of trained heads do, each exit has the threshold by which its share of a geometric series leaves.
+Samples of `training` are ready on both sides: decoding and augmentation are left out. Each figure is a median over
+alternating repeats, with the smallest and largest. Run it with nothing beside it.
 """
 
 from __future__ import annotations
@@ -28,7 +30,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from rlexit import machine
-from rlexit.calibrate import score_rows, shared_policy, solve_macs
 from rlexit.config import METHODS, DistillConfig
 from rlexit.costs import cost_table
 from rlexit.distill import Distiller
@@ -39,6 +40,7 @@ from rlexit.runtime import run
 from rlexit.settings import locate, resolve
 from rlexit.students import ExitStudent
 from rlexit.together import SharedSamples, train_together
+from vision.budgets import batch_shares, batch_thresholds
 from vision.config import BackboneConfig, VisionConfig
 from vision.network import classifier
 
@@ -80,12 +82,16 @@ def batched(options: argparse.Namespace) -> None:
         network = built(name, "ztw", options.depth)
         rows = images(options.batch)
         costs = cost_table(network, rows)
-        scores = score_rows(network, "confidence", rows, costs)
+        with torch.no_grad():
+            confidences = network(rows).answers.amax(dim=-1).exp()
         layouts = {layout: plain(network, memory) for layout, memory in LAYOUTS.items()}
         for target in (0.25, 0.5, 0.75, 1.0):
             target = max(target, costs.exits[0] / costs.full)
-            policy = shared_policy("confidence", solve_macs(scores, target), network.exits)
-            relative = float(run(network, policy, rows).macs.double().mean()) / costs.full
+            shares = batch_shares([float(macs) for macs in costs.exits], target * costs.full)
+            policy = ExitPolicy("confidence", tuple(batch_thresholds(confidences, shares)), f"{target:g}")
+            result = run(network, policy, rows)
+            relative = float(result.macs.double().mean()) / costs.full
+            used = len(result.exits.unique())
             sides = {layout: partial(seconds, partial(call, rows), options.calls) for layout, call in layouts.items()}
             sides["real"] = partial(seconds, partial(run, network, policy, rows), options.calls)
             found = alternate(sides, options.repeats)
@@ -93,8 +99,8 @@ def batched(options: argparse.Namespace) -> None:
             ratios = [real / full for real, full in zip(found["real"], found[fastest], strict=True)]
             efficiency = sorted(relative / ratio for ratio in ratios)[len(ratios) // 2]
             print(
-                f"| batch {options.batch}, {name} | relative MACs {relative:.3f} | time / full ({fastest}) "
-                f"{spread(ratios, 3)} | {verdict(efficiency, LEAST_BATCH)} |",
+                f"| batch {options.batch}, {name}, left at {used} exits | relative MACs {relative:.3f} "
+                f"| time / full ({fastest}) {spread(ratios, 3)} | {verdict(efficiency, LEAST_BATCH)} |",
                 flush=True,
             )
 

@@ -20,9 +20,9 @@ from rlexit.rows import R, Record, read, write_rows
 REFERENCE, HONEST, BATCH, AREA, FIXED = "reference", "honest", "batch", "area", "fixed"
 # How the thresholds of a budget were chosen, and what tables call it.
 WAYS = {
-    REFERENCE: "one threshold, the best of many on the test rows themselves, as in published tables",
+    REFERENCE: "one threshold, searched on the test rows themselves, as in published tables",
     HONEST: "one threshold, chosen on held-out rows",
-    BATCH: "one threshold per exit, chosen on held-out rows so that shares of a batch leave that fall or rise geometrically",
+    BATCH: "one threshold per exit, chosen on held-out rows so that the exits' shares of a batch form a geometric series",
     AREA: "mean over budgets, thresholds chosen on held-out rows",
     FIXED: "nothing to choose",
 }

@@ -224,6 +224,10 @@ class Dissecting(Protocol):
         """Networks without early exits that need no training: the teacher as `full`, and given smaller ones by name."""
         ...
 
+    def given(self) -> dict[str, str]:
+        """Names of the networks that were given beside the teacher, and hashes of their weights."""
+        ...
+
     def dissect(
         self,
         networks: Mapping[str, StagedNetwork],

@@ -1,4 +1,4 @@
-"""Pictures of operating points, episodes and curves; every function returns a figure and touches no global state.
+"""Pictures of operating points and episodes; every function returns a figure and touches no global state.
 
 The house style: one fixed colour per method (Okabe-Ito, safe for colour-blind readers) and one marker, so that no
 picture depends on colour alone; units on every axis; legends outside of the data.
@@ -7,11 +7,9 @@ picture depends on colour alone; units on every axis; legends outside of the dat
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +25,7 @@ from matplotlib.patches import Patch
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from rlexit import metrics
 from rlexit.metrics import Interval, Values
-from rlexit.rows import ReliabilityRow
 from rlexit.summary import RANDOM, RANDOM_EXIT, REFERENCES, STATIC, TEACHER, Point
 
 INK, GREY, BLUE, GREEN, ORANGE, REUSED = "#1a1a1a", "#8c8c8c", "#0072b2", "#009e73", "#d55e00", "#d5d9e2"
@@ -46,11 +42,6 @@ METHODS = {  # name: (colour, marker)
 SPARE = (("#882255", "P"), ("#44aa99", "<"), ("#999933", ">"), ("#332288", "h"), ("#aa4499", "p"), ("#117733", "d"))
 RULE_LINES = ("-", "--", ":", "-.")
 METRIC_LABELS = {"score": "score per episode (unclipped)", "accuracy": "accuracy (share of rows)"}
-CURVES = (  # tags, label of the vertical and of the horizontal axis, name of a curve from the tag's group
-    (re.compile(r"(rollout/ep_rew_mean|eval/return_mean)$"), "score per episode", "env steps", "{}"),
-    (re.compile(r"distill/(?:kl|loss)/exit(\d+)$"), "KL or loss (nats)", "training steps", "exit {}"),
-    (re.compile(r"distill/agree/exit(\d+)$"), "same action as the teacher (share)", "training steps", "exit {}"),
-)
 STYLE: dict[str, Any] = {
     **{"font.size": 11.0, "axes.titlesize": 12.0, "axes.titleweight": "bold", "axes.titlelocation": "left"},
     **{"legend.fontsize": 10.0, "xtick.labelsize": 10.0, "ytick.labelsize": 10.0, "legend.frameon": False},
@@ -59,8 +50,8 @@ STYLE: dict[str, Any] = {
     # Names are data: a dollar in one must not start a formula. The salt makes equal figures equal files.
     **{"text.parse_math": False, "svg.hashsalt": "rlexit", "svg.fonttype": "path", "figure.facecolor": "white"},
 }
+MAX_NAMED = 8  # of the exits of a network, in a legend
 WIDTH_INCHES = 9.0  # 900 px at the 100 px per inch of a page
-Scalars = Sequence[tuple[int, str, float]]
 
 
 def save(figure: Figure, folder: Path, name: str) -> tuple[Path, Path]:
@@ -86,7 +77,7 @@ def pareto(points: Sequence[Point], title: str = "") -> Figure:
     """
     timed = any(not math.isnan(point.latency_us_p50) for point in points)
     with matplotlib.rc_context(STYLE):
-        figure = _figure(5.0)
+        figure = new_figure(5.0)
         panels = np.atleast_1d(figure.subplots(1, 2 if timed else 1, sharey=True))
         _pareto_panel(panels[0], points, lambda point: point.relative_macs)
         panels[0].set(xlabel="executed MACs per decision / full network", ylabel=METRIC_LABELS[points[0].metric])
@@ -94,7 +85,7 @@ def pareto(points: Sequence[Point], title: str = "") -> Figure:
         if timed:
             _pareto_panel(panels[1], points, lambda point: Interval(point.latency_us_p50, math.nan, math.nan))
             panels[1].set_xlabel("latency p50 per decision (µs)")
-        _legend_below(figure, _pareto_handles(points))
+        legend_below(figure, _pareto_handles(points))
     return figure
 
 
@@ -115,7 +106,7 @@ def exit_shares(points: Sequence[Point], title: str = "") -> Figure:
                 left += share
         axes.set(xlim=(0, 1), xlabel="share of decisions")
         axes.xaxis.set_major_formatter(ticker.PercentFormatter(1.0))
-        _legend_below(figure, _exit_handles(colours, any(point.reuse_share for point in shown)))
+        legend_below(figure, _exit_handles(colours, any(point.reuse_share for point in shown)))
     return figure
 
 
@@ -134,7 +125,7 @@ def exit_timeline(exits: Values, confidences: Values, rewards: Values, title: st
     colours = exit_colours(int(taken.max(initial=0)) + 1)
     handles = _exit_handles(colours, bool((taken < 0).any()))
     with matplotlib.rc_context(STYLE):
-        figure = _figure(5.2)
+        figure = new_figure(5.2)
         score, strip, confidence = figure.subplots(3, 1, sharex=True, height_ratios=(3, 0.8, 2))
         score.step(steps, score_so_far, where="post", color=INK)
         for sign, colour, marker, name in ((1, GREEN, "^", "reward > 0"), (-1, ORANGE, "v", "reward < 0")):
@@ -155,55 +146,7 @@ def exit_timeline(exits: Values, confidences: Values, rewards: Values, title: st
         else:
             confidence.set_ylabel("rule's score")
         figure.align_ylabels([score, confidence])
-        _legend_below(figure, handles)
-    return figure
-
-
-def learning_curves(seeds: Sequence[Scalars], title: str = "") -> Figure | None:
-    """Curves of one run over its seeds: teacher score, and per exit the KL and the agreement with the teacher.
-
-    Args:
-        seeds: (step, tag, value) triples, one list per training seed.
-        title: printed above, on the left; the number of seeds is added.
-    Returns:
-        One panel per kind of curve that is present, thin lines for seeds and a thick one for their mean; None if
-        there is nothing to draw.
-    """
-    panels = [(*spec[1:], found) for spec in CURVES if (found := _curves(seeds, spec[0]))]
-    if not panels:
-        return None
-    with matplotlib.rc_context(STYLE):
-        figure = _figure(4.0)
-        for axes, (label, steps, name, found) in zip(
-            np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True
-        ):
-            colours = exit_colours(len(found) + 1) if name != "{}" else [INK, BLUE]
-            for colour, (key, curves) in zip(colours, found, strict=False):
-                _draw_curves(axes, curves, colour, name.format(key))
-            axes.set(xlabel=steps, ylabel=label)
-            axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
-            axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
-        count = f"n = {len(seeds)} training seed{'' if len(seeds) == 1 else 's'}"
-        figure.axes[0].set_title(f"{title}  ({count})" if title else count)
-        _legend_below(figure, _drawn_handles(figure))
-    return figure
-
-
-def reliability(rows: Sequence[ReliabilityRow], title: str = "") -> Figure:
-    """Confidence against agreement with the full network, a panel per early exit, over the share of rows per bin."""
-    exits = sorted({row.exit for row in rows})
-    with matplotlib.rc_context(STYLE):
-        figure = _figure(3.6)
-        panels = np.atleast_1d(figure.subplots(1, len(exits), sharey=True))
-        for axes, exit, colour in zip(panels, exits, exit_colours(len(exits) + 1), strict=False):
-            lows, highs, counts, sure, agree = np.array([astuple(row)[1:] for row in rows if row.exit == exit]).T
-            axes.axline((0, 0), slope=1, color=GREY, linestyle="--", linewidth=1)
-            axes.bar(lows, counts / sum(counts), highs - lows, align="edge", color="#dddddd", label="share of rows")
-            axes.plot(sure, agree, marker="o", color=colour, label=f"exit {exit}")
-            error = metrics.expected_calibration_error(counts, sure, agree)
-            axes.set(xlim=(0, 1), ylim=(0, 1.04), xlabel=f"confidence at exit {exit} (calibration error {error:.3f})")
-        panels[0].set(ylabel="same as the full network (share)", title=title)
-        _legend_below(figure, _drawn_handles(figure))
+        legend_below(figure, handles)
     return figure
 
 
@@ -226,7 +169,7 @@ def profile(taus: Values, curves: Sequence[tuple[str, str, Values]], title: str 
     """Performance profile: share of runs above a normalised return, one curve per (method, operating point, shares)."""
     drawn: dict[str, int] = defaultdict(int)
     with matplotlib.rc_context(STYLE):
-        figure = _figure(4.4)
+        figure = new_figure(4.4)
         axes = figure.subplots()
         for method, label, shares in curves:
             colour, line = look_of(method, [name for name, _, _ in curves])[0], RULE_LINES[drawn[method] % 4]
@@ -236,7 +179,7 @@ def profile(taus: Values, curves: Sequence[tuple[str, str, Values]], title: str 
         axes.set_xlabel("normalised return τ (0 random, 1 teacher; dotted: 0.95)")
         axes.set(ylim=(-0.02, 1.04), ylabel="share of runs above τ, mean over games")
         axes.set_title(title)
-        _legend_below(figure, _drawn_handles(figure))
+        legend_below(figure, drawn_handles(figure))
     return figure
 
 
@@ -252,14 +195,15 @@ def exit_colours(count: int) -> list[str]:
     return [*map(to_hex, early[: max(count - 1, 0)]), "#2b2b3a"]
 
 
-def _figure(height: float) -> Figure:
+def new_figure(height: float) -> Figure:
+    """An empty figure of the width of a page."""
     figure = Figure(figsize=(WIDTH_INCHES, min(height, 60.0)), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def _bars(names: Sequence[tuple[str, str]], title: str) -> tuple[Figure, Axes]:
-    figure = _figure(1.4 + 0.3 * max(3, len(names)))
+    figure = new_figure(1.4 + 0.3 * max(3, len(names)))
     axes = figure.subplots()
     axes.set_yticks(range(len(names)), [_named(*name) for name in names])
     axes.set_ylim(max(len(names), 3) - 0.4, -0.6)
@@ -268,7 +212,8 @@ def _bars(names: Sequence[tuple[str, str]], title: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend_below(figure: Figure, handles: Sequence[Any]) -> None:
+def legend_below(figure: Figure, handles: Sequence[Any]) -> None:
+    """A legend under the axes, in as many columns as fit."""
     if not handles:
         return
     lengths = [len(str(handle.get_label())) for handle in handles]
@@ -343,7 +288,7 @@ def _pareto_handles(points: Sequence[Point]) -> list[Line2D]:
     if any(point.method not in REFERENCES and point.fixed for point in points):
         handles.append(Line2D([], [], label="fixed exit", **hollow))
     if any(point.target for point in points):
-        handles.append(Line2D([], [], label="calibrated on other episodes", markersize=12, **hollow))
+        handles.append(Line2D([], [], label="calibrated on held-out data", markersize=12, **hollow))
     if teacher is not None:
         handles.append(Line2D([], [], color=INK, linestyle="--", linewidth=1.2, label="teacher's mean"))
     if bound is not None:
@@ -351,44 +296,25 @@ def _pareto_handles(points: Sequence[Point]) -> list[Line2D]:
     return handles
 
 
+def some_of(count: int, most: int = MAX_NAMED) -> list[int]:
+    """Indices of at most so many of `count` things in a row, evenly spaced, the first and the last among them."""
+    return sorted({round(place) for place in np.linspace(0, count - 1, min(count, most))})
+
+
 def _exit_handles(colours: Sequence[str], reused: bool = False) -> list[Any]:
-    names = ["repeated", *(f"exit {k}" for k in range(len(colours) - 1)), f"exit {len(colours) - 1} (last)"]
-    return [Patch(color=c, label=name) for c, name in zip((REUSED, *colours), names, strict=True)][not reused :]
+    last = len(colours) - 1
+    names = {exit: f"exit {exit}{' (last)' if exit == last else ''}" for exit in some_of(len(colours))}
+    handles = [Patch(color=REUSED, label="repeated")] if reused else []
+    return handles + [Patch(color=colours[exit], label=name) for exit, name in names.items()]
 
 
-def _drawn_handles(figure: Figure) -> list[Any]:
+def drawn_handles(figure: Figure) -> list[Any]:
+    """What a legend needs of everything that was drawn with a label, each label once."""
     found: dict[Any, Any] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     return list(found.values())
-
-
-def _curves(seeds: Sequence[Scalars], tags: re.Pattern[str]) -> list[tuple[str, list[NDArray[np.float64]]]]:
-    """(key of the tag, one (2, steps) curve per seed that has it), keys in the order of their numbers."""
-    found: dict[str, list[NDArray[np.float64]]] = defaultdict(list)
-    for triples in seeds:
-        curves: dict[str, list[tuple[int, float]]] = defaultdict(list)
-        for step, tag, value in triples:
-            if (match := tags.match(tag)) and math.isfinite(value):
-                curves[match[1]].append((step, value))
-        for key, curve in curves.items():
-            found[key].append(np.asarray(sorted(curve), dtype=float).T)
-    return sorted(found.items(), key=lambda item: (len(item[0]), item[0]))
-
-
-def _draw_curves(axes: Axes, curves: Sequence[NDArray[np.float64]], colour: str, label: str) -> None:
-    if len(curves) == 1:
-        axes.plot(*curves[0], color=colour, label=label)
-        return
-    for steps, values in curves:
-        axes.plot(steps, values, color=colour, linewidth=0.8, alpha=0.45)
-    # The mean stops where the shortest seed stops: beyond it, it would change its meaning.
-    first, last = max(steps[0] for steps, _ in curves), min(steps[-1] for steps, _ in curves)
-    grid = np.unique(np.concatenate([steps for steps, _ in curves]))
-    grid = grid[(grid >= first) & (grid <= last)]
-    mean = np.mean([np.interp(grid, steps, values) for steps, values in curves], axis=0)
-    axes.plot(grid, mean, color=colour, linewidth=2.2, label=f"{label}, mean")
 
 
 def _running_mean(values: NDArray[np.float64], width: int) -> NDArray[np.float64]:

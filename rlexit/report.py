@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from rlexit import metrics, plots, sections, summary, tables
+from rlexit import curveplots, metrics, plots, sections, summary, tables
 from rlexit.checkpoint import write_atomic
+from rlexit.curveplots import Scalars
 from rlexit.evidence import Evidence, gather, read_if_there
 from rlexit.pages import Block, Bullets, Code, Heading, Paragraph, Picture, Table, to_html, to_markdown
 from rlexit.rows import LatencyRow, Row, read_reliability
@@ -69,7 +70,7 @@ def _blocks(
     tested: Sequence[Row],
     shown: Sequence[Point],
     evidence: Evidence,
-    scalars: Mapping[Path, plots.Scalars],
+    scalars: Mapping[Path, Scalars],
     album: _Album,
 ) -> list[Block]:
     """The page from top to bottom."""
@@ -168,7 +169,7 @@ def _part_blocks(title: str, part: Sequence[Point], album: _Album) -> list[Block
     if any(not math.isnan(point.relative_macs.mean) for point in part):
         figure = plots.pareto(part, title)
         blocks.append(album.add(f"pareto-{title}", figure, f"Value against compute: {title}", caption, "eval/pareto"))
-    if any(point.exit_shares for point in part):
+    if any(point.exit_shares for point in part if point.method not in summary.REFERENCES):
         figure, caption = plots.exit_shares(part, title), tables.caption(part, latency=False)
         blocks.append(album.add(f"exits-{title}", figure, f"Where decisions leave: {title}", caption))
     return blocks
@@ -253,15 +254,15 @@ def _episode_blocks(rows: Mapping[Path, Sequence[Row]], album: _Album) -> list[B
     return [Heading("Episodes"), *blocks] if blocks else []
 
 
-def _curve_blocks(scalars: Mapping[Path, plots.Scalars], album: _Album) -> list[Block]:
-    groups: dict[Path, list[plots.Scalars]] = defaultdict(list)
+def _curve_blocks(scalars: Mapping[Path, Scalars], album: _Album) -> list[Block]:
+    groups: dict[Path, list[Scalars]] = defaultdict(list)
     for folder, triples in scalars.items():
         if triples:
             groups[_sisters(folder)].append(triples)
     blocks: list[Block] = []
     for sisters, seeds in groups.items():
         name = _name(sisters)
-        if figure := plots.learning_curves(seeds, name):
+        if figure := curveplots.learning_curves(seeds, name):
             count = f"n = {len(seeds)} training seed{'s' if len(seeds) > 1 else ''}"
             caption = f"{name}: {count}; measured while training, so not comparable with the evaluations above."
             blocks.append(album.add(f"learning-{name}", figure, f"Learning curves: {name}", caption))
@@ -276,8 +277,14 @@ def _reliability_blocks(folders: Iterable[Path], album: _Album) -> list[Block]:
     blocks: list[Block] = []
     for name, bins in found.items():
         if bins:
-            figure, count = plots.reliability(bins, name), sum(row.count for row in bins if row.exit == bins[0].exit)
-            caption = f"{name}: {count:,} rows of calibration episodes in which nobody left early; 15 bins."
+            figure, count = (
+                curveplots.reliability(bins, name),
+                sum(row.count for row in bins if row.exit == bins[0].exit),
+            )
+            caption = (
+                f"{name}: {count:,} held-out rows, met with nobody leaving early, in 15 bins. Below the diagonal an exit is "
+                "more confident than its agreement with the full network justifies."
+            )
             blocks.append(album.add(f"reliability-{name}", figure, f"Reliability: {name}", caption, "eval/reliability"))
     return [Heading("Confidence and agreement"), *blocks] if blocks else []
 
@@ -293,8 +300,13 @@ def _latency_blocks(latency: Sequence[LatencyRow]) -> list[Block]:
         for row in dict.fromkeys(latency)
     ]
     several = tables.latency_table(latency)
+    told = (
+        "Microseconds of one call on a batch of rows, median (p50) and 95th percentile (p95). What else the machine did "
+        "meanwhile shows in them."
+    )
     return [
         Heading("Measured latency"),
+        Paragraph(told, "caption"),
         *([several] if several else []),
         Table((*names, *numbers), lines, names=len(names), folded=f"All {len(lines)} measurements"),
     ]
@@ -313,10 +325,12 @@ def _overview(shown: Sequence[Point]) -> str:
         return "Nothing is evaluated yet; these are the curves of the training so far. Evaluate with `rlexit evaluate`."
     tasks, methods = sorted({point.task for point in shown}), list(dict.fromkeys(point.method for point in shown))
     seeds = {seed for point in shown for seed in point.run_seeds}
+    played = sum(point.episodes for point in shown if point.metric == "score")
+    counted = f"{played:,} test episodes" if played else "a decision is one row of the test set"
     return (
         f"{', '.join(tasks) if len(tasks) <= 6 else f'{len(tasks)} tasks'}: {len(shown)} operating points of "
         f"{', '.join(methods)}; {len(seeds)} training seed{'s' if len(seeds) > 1 else ''}, "
-        f"{sum(point.episodes for point in shown):,} test episodes. 1 MAC is one multiply-add; MACs are per decision, "
+        f"{counted}. 1 MAC is one multiply-add; MACs are per decision, "
         "relative MACs against the full network without exit heads. Square brackets are 95 % bootstrap intervals."
     )
 
@@ -324,10 +338,11 @@ def _overview(shown: Sequence[Point]) -> str:
 def _notes(rows: Sequence[Row], shown: Sequence[Point]) -> list[str]:
     trained = [len(point.run_seeds) for point in shown if point.method != summary.RANDOM]
     notes = []
+    parts = " and ".join(tables.WHOLES[metric][1] for metric in sorted({point.metric for point in shown}))
     if trained and max(trained) == 1:
-        notes.append("n = 1 training seed: intervals are over episodes, not over training runs.")
+        notes.append(f"n = 1 training seed: intervals are over {parts}, not over training runs.")
     elif trained and min(trained) == 1:
-        notes.append("Intervals of points with one training seed are over episodes, the others over training runs.")
+        notes.append(f"Intervals of points with one training seed are over {parts}, the others over training runs.")
     if any(1 < count < 5 for count in trained):
         notes.append("Intervals over fewer than five training seeds are rough, and mostly too narrow.")
     missing = summary.missing_references(rows)

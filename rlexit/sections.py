@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ def blocks(evidence: Evidence) -> list[Block]:
         ValueError: a file is damaged.
     """
     found: list[Block] = []
-    tasks = list(dict.fromkeys(row.task for row in (*evidence.budgets, *evidence.exits)))
+    of_all = [*(row.task for row in evidence.budgets), *(row.task for row in evidence.exits)]
+    tasks = list(dict.fromkeys(of_all))
     for task in tasks:
         of = f": {task}" if len(tasks) > 1 else ""
         budgets = [row for row in evidence.budgets if row.task == task]
@@ -179,7 +181,8 @@ def _fixed_blocks(of: str, rows: Sequence[BudgetRow]) -> list[Block]:
     groups: dict[str, list[BudgetRow]] = defaultdict(list)
     for row in rows:
         if row.choice == FIXED:
-            groups[_name(row)].append(row)
+            # What it spends differs from seed to seed where gates decide; nobody gave it a budget.
+            groups[_name(row)].append(replace(row, budget=math.inf))
     if not groups:
         return []
     honest = [row for row in rows if row.choice == HONEST]

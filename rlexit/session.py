@@ -14,7 +14,7 @@ from rich.console import Console
 
 from rlexit import checkpoint
 from rlexit.config import METHODS, Method
-from rlexit.domain import Domain, Watch
+from rlexit.domain import Dissecting, Domain, Watch
 from rlexit.exit_policy import ExitPolicy
 from rlexit.interrupts import StopFlag, Stopped
 from rlexit.network import StagedNetwork
@@ -78,7 +78,9 @@ class Session:
             )
         upstream = {"teacher": weights_hash(self.teacher, TEACHER)}
         if name == "evaluate" and not method:
-            settings = self.settings("env", "data", "evaluate", "rivals")
+            settings = self.settings("env", "data", "evaluate")
+            if isinstance(self.domain, Dissecting):
+                settings["rivals"] = jsonable(list(self.domain.given().items()))
             return Stage(self.teacher, name, {**upstream, **settings}, config, ("eval",))
         settings = {"method": method, "seed": self.seed, **upstream}
         if name == "distill":
@@ -111,7 +113,11 @@ class Session:
             settings["exit_policies"] = config_hash(self.calibrated(method) or [])
         if name == "video":
             return Stage(self.method(method), name, settings, config, ("video",))
-        return Stage(self.method(method), name, {**settings, **self.settings("evaluate")}, config, ("eval",))
+        settings |= self.settings("evaluate")
+        if isinstance(self.domain, Dissecting) and (rivals := self.domain.given()):
+            # What exits are asked depends on which ones there are, not on their weights.
+            settings["rivals"] = list(rivals)
+        return Stage(self.method(method), name, settings, config, ("eval",))
 
     def calibrated(self, method: str) -> list[dict[str, Any]] | None:
         """The exit policies, as JSON values, that were calibrated for the method's present weights; None if none were."""

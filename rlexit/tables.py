@@ -26,6 +26,8 @@ BADGES = {
     "unknown": ("cannot tell", "open"),
 }
 MAX_SHARES = 8
+# What a value is of: one, several.
+WHOLES = {"score": ("episode", "episodes"), "accuracy": ("part of the test set", "parts of the test set")}
 
 
 def summary_rows(rows: Sequence[Row], latency: Sequence[LatencyRow] = ()) -> list[dict[str, Any]]:
@@ -117,10 +119,14 @@ def points_table(part: Sequence[Point], folded: str = "", per_seed: bool = True)
         ("reuse %", [reuse_text(point.reuse_share) for point in part]),
         ("latency us p50 / p95", [times_text(point.latency_us_p50, point.latency_us_p95) for point in part]),
         ("n", [count_text(point) for point in part]),
-        ("per seed", [" / ".join(map(number, point.per_seed)) if several else "" for point in part]),
+        ("per seed", [_values_text(point) if several else "" for point in part]),
     ]
     kept = [(name, cells) for name, cells in columns if set(cells) - {"", UNKNOWN} or name in ("method", "n")]
     return Table([name for name, _ in kept], list(zip(*(cells for _, cells in kept), strict=True)), folded=folded)
+
+
+def _values_text(point: Point) -> str:
+    return " / ".join(number(value, _digits(point.metric)) for value in point.per_seed)
 
 
 def latency_table(latency: Sequence[LatencyRow]) -> Table | None:
@@ -164,9 +170,10 @@ def verdict_item(verdict: Verdict) -> tuple[str, str, str]:
     budget = f"at {macs_text(static.macs_mean)} per decision (static {static.label})"
     if exits is None:
         return badge, kind, f"{budget}: {verdict.method} has no operating point that cheap."
+    digits = _digits(static.metric)
     text = (
-        f"{budget}: {exits.method} {exits.label}, {macs_text(exits.macs_mean)}, reaches {number(exits.value.mean)}, "
-        f"static {number(static.value.mean)}; difference {interval_text(verdict.difference, sign=True)}"
+        f"{budget}: {exits.method} {exits.label}, {macs_text(exits.macs_mean)}, reaches {number(exits.value.mean, digits)}, "
+        f"static {number(static.value.mean, digits)}; difference {interval_text(verdict.difference, True, digits)}"
     )
     if verdict.winner == "unknown":
         return badge, kind, f"{text}; one value on a side gives no interval."
@@ -174,11 +181,11 @@ def verdict_item(verdict: Verdict) -> tuple[str, str, str]:
 
 
 def caption(part: Sequence[Point], latency: bool = True) -> str:
-    """What must stand under a picture or table of these points: seeds, episodes, execution, actions, protocol."""
+    """What must stand under a picture or table of points of one metric: seeds, episodes, execution, actions, protocol."""
     seeds, counts = [len(point.run_seeds) for point in part], [point.episodes for point in part]
     said = [
         f"n = {range_text(seeds)} training seed{'s' if max(seeds) > 1 else ''}",
-        f"{range_text(counts)} episode{'s' if max(counts) > 1 else ''} per point",
+        f"{range_text(counts)} {WHOLES[part[0].metric][max(counts) > 1]} per point",
         *sorted({f"latency at {point.setup}" for point in part if point.setup and latency}),
         how_text(part),
     ]
@@ -190,10 +197,12 @@ def how_text(part: Sequence[Point] | Sequence[Row]) -> str:
     if not part:
         return "execution, actions and protocol are not stated"
     protocols = {each.protocol for each in part}
-    actions = sorted({each.actions for each in part if each.method != summary.RANDOM}) or ["random"]
+    actors = [each for each in part if each.metric == "score"]
+    actions = sorted({each.actions for each in actors if each.method != summary.RANDOM}) or ["random"]
     protocol = f"protocol: {_protocol_text(*protocols)}" if len(protocols) == 1 else f"{len(protocols)} protocols"
     executions = " and ".join(sorted({each.execution for each in part}))
-    return f"execution {executions}; {' and '.join(actions)} actions; {protocol}"
+    acting = f"{' and '.join(actions)} actions; " if actors else ""
+    return f"execution {executions}; {acting}{protocol}"
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:

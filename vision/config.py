@@ -35,7 +35,8 @@ class DataConfig:
         relabel: `cifar2` makes CIFAR-10 two classes, animals and transport (with the horse, as in the paper's split).
         crop: training images are padded by so many pixels of black and cut at random; 0 for not.
         flip: mirror half of the training images.
-        memory_gb: training images that would take more when decoded stay as they are stored, and are decoded batch by batch.
+        memory_gb: what the decoded images of a split may take. Training images that would take more stay as they are stored
+            and are decoded batch by batch; of held-out and test images more are refused.
         workers: that decode them; 0 for one per core.
         toy_rows: images per split of the generated set.
         toy_side: their side.
@@ -67,7 +68,7 @@ class DataConfig:
         advice = "Its ten classes are what cifar2 sorts."
         require(not self.relabel or self.kind == "cifar10", "data.relabel", "go with kind cifar10", self.kind, advice)
         require(0 <= self.crop <= 64, "data.crop", "be in 0..64", self.crop)
-        require(0 <= self.memory_gb <= 6, "data.memory_gb", "be in [0, 6]", self.memory_gb)
+        require(0 < self.memory_gb <= 1024, "data.memory_gb", "be in (0, 1024]", self.memory_gb)
         require(0 <= self.workers <= 256, "data.workers", "be in 0..256", self.workers)
         require(8 <= self.toy_rows <= 1 << 20, "data.toy_rows", "be in 8..1048576", self.toy_rows)
         require(8 <= self.toy_side <= 64, "data.toy_side", "be in 8..64", self.toy_side)

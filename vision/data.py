@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from vision.config import DataConfig
-from vision.decoding import COLUMNS, Images, StoredImages, decode, stored
+from vision.decoding import COLUMNS, Images, StoredImages, decode, fits, label_names, stored
 
 # Mean and deviation of the channels that published weights expect.
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -64,15 +64,14 @@ class DataSet:
                 f"`{COLUMNS[self.config.kind][1]}` in {self.config.path!r} must be of whole numbers or named classes, got "
                 f"{feature.dtype}. Cast the column to ClassLabel."
             )
-        labels = np.asarray(rows.with_format("numpy")[COLUMNS[self.config.kind][1]][:])
-        return tuple(str(index) for index in range(int(labels.max()) + 1))
+        return label_names(rows[COLUMNS[self.config.kind][1]], self.config, "train split")
 
     @cached_property
     def _train(self) -> Images | StoredImages:
         if self._found is None:
             return self._read(0)
         kept = stored(self._found[0], self.config, len(self._names), "train split")
-        if kept.decoded_bytes <= self.config.memory_gb * (1 << 30):
+        if fits(kept.decoded_bytes, self.config):
             return self._read(0)
         return kept.relabelled(CIFAR2["classes"]) if self.config.relabel else kept  # type: ignore[arg-type]
 
@@ -101,8 +100,9 @@ class DataSet:
     @cached_property
     def fingerprint(self) -> str:
         """Hex digits that tell test sets apart."""
-        digest = hashlib.sha256(self._test.pixels.numpy().tobytes())
-        digest.update(self._test.labels.numpy().tobytes())
+        # No copy: the pixels of a large test set are gigabytes.
+        digest = hashlib.sha256(np.ascontiguousarray(self._test.pixels.numpy()))
+        digest.update(np.ascontiguousarray(self._test.labels.numpy()))
         return digest.hexdigest()[:12]
 
     @cached_property

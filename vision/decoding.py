@@ -19,8 +19,9 @@ from vision.config import DataConfig
 
 # Image and label columns of a kind.
 COLUMNS = {"cifar10": ("img", "label"), "cifar100": ("img", "fine_label"), "images": ("image", "label")}
-MAX_BYTES = 6 << 30
 DECODED_AT_ONCE = 1024
+# Classes without names; a larger label is a mistake.
+MAX_UNNAMED = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -134,18 +135,22 @@ class StoredImages:
         Raises:
             ValueError: they do not fit, or one is bad.
         """
-        fits_memory(self.decoded_bytes, f"{self.where} that is held out")
+        if not fits(self.decoded_bytes, self.config):
+            raise _too_large(self.decoded_bytes, self.config, f"held-out part of the {self.where}")
         parts = [self.batch(index)[0] for index in torch.arange(len(self)).split(DECODED_AT_ONCE)]
         return Images(torch.cat(parts), self.labels)
 
 
-def fits_memory(total: int, where: str) -> None:
-    """Raises ValueError where so many bytes are too many to keep."""
-    if total > MAX_BYTES:
-        raise ValueError(
-            f"`data.path` must fit into {MAX_BYTES >> 30} GB when decoded, got {total >> 30} GB in the {where}. "
-            "Set a smaller `data.side`, or hold out fewer."
-        )
+def fits(total: int, config: DataConfig) -> bool:
+    """Whether so many bytes of decoded images are kept in memory."""
+    return total <= config.memory_gb * (1 << 30)
+
+
+def _too_large(total: int, config: DataConfig, where: str) -> ValueError:
+    return ValueError(
+        f"`data.memory_gb` must be at least {total / (1 << 30):.3g} for the {where} of {config.path!r}, which is decoded "
+        f"whole, got {config.memory_gb:g}. Raise it, set a smaller `data.side`, or hold out fewer."
+    )
 
 
 def stored(rows: Any, config: DataConfig, classes: int, where: str) -> StoredImages:
@@ -166,6 +171,20 @@ def stored(rows: Any, config: DataConfig, classes: int, where: str) -> StoredIma
 def _some(rows: Any, config: DataConfig, where: str) -> None:
     if not len(rows):
         raise ValueError(f"`data.path` must hold images, got none in the {where} of {config.path!r}.")
+
+
+def label_names(labels: Sequence[Any], config: DataConfig, where: str) -> tuple[str, ...]:
+    """Names of classes that have none: their numbers, from 0 to the largest label.
+
+    Raises:
+        ValueError: a label is missing, negative or too large for a class; the message names the row.
+    """
+    label = COLUMNS[config.kind][1]
+    checked = (
+        _label(index, MAX_UNNAMED, label, f"row {row} of the {where} of {config.path!r}")
+        for row, index in enumerate(labels)
+    )
+    return tuple(map(str, range(max(checked, default=-1) + 1)))
 
 
 def _label(index: Any, classes: int, label: str, place: str) -> int:
@@ -195,7 +214,8 @@ def decode(rows: Any, config: DataConfig, classes: int, where: str) -> Images:
         labels[row] = _label(index, classes, label, place)
         array = _pixels(stored, config.side, formats, place)
         if row == 0:
-            fits_memory(len(rows) * array.size, where)
+            if not fits(len(rows) * array.size, config):
+                raise _too_large(len(rows) * array.size, config, where)
             pixels = np.empty((len(rows), *array.shape), dtype=np.uint8)
         if array.shape != pixels.shape[1:]:
             sizes = [f"{shape[2]} x {shape[1]}" for shape in (pixels.shape[1:], array.shape)]

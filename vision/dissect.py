@@ -155,8 +155,9 @@ def dissect(
                 found += looker.rows(rule, method)
         looker.show(folder)
     dissection.write(folder, exits)
-    note = NoteRow(owner.task, owner.method, owner.run_seed, "relative_ops", NOTE)
-    dissection.write(folder, [note])
+    if exits:
+        note = NoteRow(owner.task, owner.method, owner.run_seed, "relative_ops", NOTE)
+        dissection.write(folder, [note])
     dissection.write(folder, found)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from rlexit import checkpoint
@@ -95,6 +96,7 @@ class VisionDomain:
             "backbone": asdict(self.config.backbone),
             "data": {name: data[name] for name in BOUND},
             "classes": list(self.data.classes),
+            "test_sha256": self.data.fingerprint,
         }
 
     def train(self, folder: Path, seed: int, watch: Watch) -> None:
@@ -109,7 +111,7 @@ class VisionDomain:
         train.train(folder, self._classifier(), stream, held_out, settings, seed, self._facts(), watch)
 
     def accept(self, folder: Path) -> None:
-        """Refuses a teacher of another backbone, of other classes or of another split."""
+        """Refuses a teacher of another backbone, of other classes, of another split or of other test images."""
         tensors, facts = checkpoint.load(folder, train.TEACHER)
         ours = self._facts()
         for section in ("backbone", "data"):
@@ -125,6 +127,12 @@ class VisionDomain:
                 f"`{folder}` holds a teacher of {len(facts.get('classes') or ())} other classes than the "
                 f"{len(ours['classes'])} of `data.path`. Use the data that it was trained on, or another --out."
             )
+        # Teachers made before this was kept say nothing of it.
+        if facts.get("test_sha256", ours["test_sha256"]) != ours["test_sha256"]:
+            raise checkpoint.CheckpointError(
+                f"`{folder}` holds a teacher made beside test images with the hash {facts['test_sha256']}, those of "
+                f"`data.path` have {ours['test_sha256']}. Use the data that it was made with, or another --out."
+            )
         load_weights(self._classifier(), tensors, f"`{folder}`")
 
     def network(self, teacher: Path, method: Method) -> StagedNetwork:
@@ -135,6 +143,9 @@ class VisionDomain:
 
     def static_networks(self, teacher: Path) -> dict[str, StagedNetwork]:
         """The same backbone with fewer channels."""
+        return self._static_networks()
+
+    def _static_networks(self) -> dict[str, StagedNetwork]:
         own = self.config.backbone
         widths = self.config.distill.static_widths
         return {f"width {width:g}": self._classifier(replace(own, width=width * own.width)) for width in widths}
@@ -147,12 +158,25 @@ class VisionDomain:
 
     def _rivals(self) -> dict[str, StagedNetwork]:
         found: dict[str, StagedNetwork] = {}
-        for rival in self.config.rivals:
-            depth, _, path = rival.partition("=")
+        for name, (depth, path) in self._given.items():
             network = self._classifier(replace(self.config.backbone, depth=int(depth)))
             load_weights(network, *given_weights(path))
-            found[f"given depth {depth}"] = network.eval()
+            found[name] = network.eval()
         return found
+
+    @property
+    def _given(self) -> dict[str, tuple[str, str]]:
+        """Name of every rival to its depth and where its weights are."""
+        pairs = (rival.partition("=")[::2] for rival in self.config.rivals)
+        return {f"given depth {depth}": (depth, path) for depth, path in pairs}
+
+    @cached_property
+    def _hashes(self) -> dict[str, str]:
+        return {name: checkpoint.sha256(save(given_weights(path)[0])) for name, (_, path) in self._given.items()}
+
+    def given(self) -> dict[str, str]:
+        """Names of the rivals, and the hashes of their weights."""
+        return self._hashes
 
     def dissect(
         self,
@@ -166,9 +190,12 @@ class VisionDomain:
         """Every exit on all test images, compute budgets, classes, easy and hard images; see `vision.dissect`."""
         ops = reference_ops(self._classifier().eval(), self.example()).full
         owner = Owner(self.task, method, run_seed, full_macs, ops)
+        rivals = [*self._rivals().values()]
+        if "static" in self.config.methods:
+            rivals += self._static_networks().values()
         # A little below what rivals cost is a budget too, so that exits are asked what they reach with no more.
-        rivals = (cost_table(rival, self.example()).full / full_macs for rival in self._rivals().values())
-        shares = {*self.config.evaluate.budgets, *(math.floor(RIVAL_SHARE * share * 1e4) / 1e4 for share in rivals)}
+        costs = (cost_table(rival, self.example()).full / full_macs for rival in rivals)
+        shares = {*self.config.evaluate.budgets, *(math.floor(RIVAL_SHARE * share * 1e4) / 1e4 for share in costs)}
         config = replace(self.config.evaluate, budgets=tuple(sorted(shares)))
         dissect(owner, networks, self.data, config, folder, watch)
 

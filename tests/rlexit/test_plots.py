@@ -1,14 +1,16 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 from matplotlib.colors import to_hex
 
-from rlexit import plots, summary
+from rlexit import curveplots, plots, summary
 from rlexit.metrics import Interval
+from rlexit.rows import ReliabilityRow
 from tests.rlexit.toy_rows import episodes, latency, references, row
 
 
@@ -35,7 +37,7 @@ def test_pareto_draws_the_grid_in_order_of_compute_and_rings_calibrated_points()
         "teacher",
         "ztw  confidence",
         "fixed exit",
-        "calibrated on other episodes",
+        "calibrated on held-out data",
         "teacher's mean",
         "95 % normalised return",
     ]
@@ -76,13 +78,40 @@ def test_a_method_that_starts_with_an_underscore_is_in_the_legend() -> None:
 
 def test_learning_curves_have_thin_seeds_and_a_thick_mean_where_all_have_one() -> None:
     seeds = [[(step, "distill/kl/exit0", 1.0 + seed) for step in range(3 + seed)] for seed in range(2)]
-    figure = plots.learning_curves(seeds, "pong")
+    figure = curveplots.learning_curves(seeds, "pong")
     assert figure is not None
     lines = figure.axes[0].lines
     assert [len(line.get_xdata()) for line in lines] == [3, 4, 3]
     assert list(lines[-1].get_ydata()) == [1.5, 1.5, 1.5]
     assert "n = 2 training seeds" in figure.axes[0].get_title(loc="left")
-    assert plots.learning_curves([[(0, "time/fps", 1.0), (0, "rollout/ep_rew_mean", math.nan)]]) is None
+    assert curveplots.learning_curves([[(0, "time/fps", 1.0), (0, "rollout/ep_rew_mean", math.nan)]]) is None
+
+
+def test_of_many_exits_some_have_a_panel_and_a_name() -> None:
+    rows = [ReliabilityRow(exit, 0.9, 1.0, 5, 0.95, 0.9) for exit in range(27)]
+    figure = curveplots.reliability(rows, "many")
+    assert [axes.get_xlabel().split("\n")[0][-2:] for axes in figure.axes] == [" 0", " 9", "17", "26"]
+    seeds = [[(step, f"distill/loss/exit{exit}", 1.0) for step in range(3) for exit in range(27)]]
+    figure = curveplots.learning_curves(seeds, "many")
+    assert figure is not None
+    assert len(figure.axes[0].lines) == 27
+    assert len(figure.legends[0].get_texts()) == 8
+
+
+def test_labels_of_panels_beside_each_other_do_not_overlap() -> None:
+    figure = curveplots.reliability([ReliabilityRow(exit, 0.9, 1.0, 5, 0.95, 0.9) for exit in range(4)])
+    figure.canvas.draw()
+    boxes = [axes.xaxis.label.get_window_extent() for axes in figure.axes]
+    assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
+
+
+def test_a_teacher_and_gates_have_curves_too() -> None:
+    teacher = curveplots.learning_curves([[(0, "train/accuracy", 0.5), (0, "held_out/accuracy", 0.4)]])
+    gates = curveplots.learning_curves([[(0, "gating/relative_cost", 0.5), (0, "gate/open_frac/block2", 0.4)]])
+    assert teacher is not None
+    assert gates is not None
+    assert [text.get_text() for text in teacher.legends[0].get_texts()] == ["train/accuracy", "held_out/accuracy"]
+    assert [axes.get_ylabel() for axes in gates.axes] == ["compute / full network", "gate open (share of rows)"]
 
 
 def test_aggregates_without_an_interval_can_be_drawn() -> None:

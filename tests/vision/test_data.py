@@ -178,14 +178,19 @@ def test_a_rest_too_small_is_left_out():
 # ---- large data sets ----
 
 
-def two_ways(folder, **settings) -> list[DataSet]:
-    """The same data set decoded once, and batch by batch."""
-    return [at(folder, memory_gb=limit, workers=2, **settings) for limit in (4.0, 0.0)]
+def two_ways(folder, images: int, **settings) -> list[DataSet]:
+    """The same data set decoded once, and batch by batch because it has more than so many images."""
+    return [at(folder, memory_gb=limit, workers=2, **settings) for limit in (4.0, memory_for(images))]
+
+
+def memory_for(images: int) -> float:
+    """`data.memory_gb` for so many images of 8 x 8."""
+    return images * 3 * 8 * 8 / (1 << 30)
 
 
 def test_large_data_sets_are_decoded_batch_by_batch_and_give_the_same_batches(tmp_path):
     folder = hub_folder(tmp_path / "large", pairs(21), pairs(4, first=100))
-    kept, large = two_ways(folder, holdout=0.3)
+    kept, large = two_ways(folder, 20, holdout=0.3)
     assert isinstance(kept.train, Images)
     assert isinstance(large.train, StoredImages)
     plain = DataConfig(kind="toy", crop=0, flip=False)
@@ -200,16 +205,26 @@ def test_large_data_sets_are_decoded_batch_by_batch_and_give_the_same_batches(tm
 
 def test_large_data_sets_are_thinned_and_relabelled_too(tmp_path):
     names = [str(index) for index in range(10)]
-    folder = hub_folder(tmp_path / "tail", pairs(80, classes=10), pairs(40, classes=10), classes=names)
-    kept, large = two_ways(folder, relabel="cifar2", long_tail=2.0)
+    folder = hub_folder(tmp_path / "tail", pairs(80, classes=10), pairs(20, classes=10), classes=names)
+    kept, large = two_ways(folder, 60, relabel="cifar2", long_tail=2.0)
     assert torch.equal(kept.train.labels, large.train.labels)
     assert torch.equal(kept.train.decoded().pixels, large.train.decoded().pixels)
+
+
+def test_images_that_must_be_decoded_whole_and_do_not_fit_are_told_how_much_they_need(tmp_path):
+    folder = hub_folder(tmp_path / "large", pairs(20), pairs(12))
+    with pytest.raises(ValueError, match=r"`data.memory_gb` must be at least 2.15e-06 for the test split of '.*large'"):
+        at(folder, memory_gb=memory_for(11)).evaluated("test")
+    few = hub_folder(tmp_path / "few", pairs(20), pairs(2))
+    assert len(at(few, memory_gb=memory_for(10)).evaluated("calibration")) == 4
+    with pytest.raises(ValueError, match=r"for the held-out part of the train split of '.*few', .* got 7.15256e-07"):
+        at(few, memory_gb=memory_for(4), holdout=0.5).evaluated("calibration")
 
 
 def test_a_corrupt_image_in_the_middle_of_an_epoch_is_named_by_its_row(tmp_path):
     rows = pairs(12)
     rows[7] = (rows[7][0][:60], 1)
-    data = at(hub_folder(tmp_path / "cut", rows, pairs(4)), memory_gb=0.0, holdout=0.0)
+    data = at(hub_folder(tmp_path / "cut", rows, pairs(4)), memory_gb=memory_for(11), holdout=0.0)
     stream = Stream(data.train, DataConfig(kind="toy", crop=0, flip=False), 4, seed=0)
     with pytest.raises(ValueError, match=r"a corrupt one in row 7 of the train split of '.*cut'"):
         for index in range(3):
@@ -218,9 +233,9 @@ def test_a_corrupt_image_in_the_middle_of_an_epoch_is_named_by_its_row(tmp_path)
 
 def test_an_odd_size_in_the_middle_of_an_epoch_is_named_by_its_row(tmp_path):
     rows = [*pairs(5), (png(9, side=12), 0)]
-    data = at(hub_folder(tmp_path / "odd", rows, pairs(4)), memory_gb=0.0, holdout=0.0)
+    data = at(hub_folder(tmp_path / "odd", rows, pairs(4)), memory_gb=memory_for(5), holdout=0.0)
     with pytest.raises(ValueError, match=r"row 5 of the train split .* must be 8 x 8 as the first, got 12 x 12"):
-        data.train.decoded()
+        data.train.batch(torch.arange(6))
 
 
 # ---- bad input ----
@@ -274,15 +289,42 @@ def test_a_label_out_of_range_is_named_by_its_row(tmp_path):
         at(folder).evaluated("test")
 
 
+def changed_labels(folder, change):
+    """The same parquet files with other labels."""
+    import datasets
+
+    for path in (folder / "plain_text").iterdir():
+        change(datasets.Dataset.from_parquet(str(path))).to_parquet(str(path))
+    return folder
+
+
 def test_labels_that_are_text_are_refused_by_their_column(tmp_path):
     import datasets
 
     folder = hub_folder(tmp_path / "text", pairs(4), pairs(4), classes=None)
-    for path in (folder / "plain_text").iterdir():
-        rows = datasets.Dataset.from_parquet(str(path)).cast_column("label", datasets.Value("string"))
-        rows.to_parquet(str(path))
+    changed_labels(folder, lambda rows: rows.cast_column("label", datasets.Value("string")))
     with pytest.raises(ValueError, match="`label` in '.*text' must be of whole numbers or named classes, got string"):
         at(folder).evaluated("test")
+
+
+@pytest.mark.parametrize("label", [None, -1, 1 << 16])
+def test_a_label_that_is_missing_or_no_class_is_refused_by_its_row(tmp_path, label):
+    def third(row, index):
+        return {"label": label} if index == 2 else {}
+
+    folder = hub_folder(tmp_path / "odd", pairs(4), pairs(4), classes=None)
+    changed_labels(folder, lambda rows: rows.map(third, with_indices=True))
+    with pytest.raises(
+        ValueError, match=rf"`label` in row 2 of the train split of '.*odd' must be in 0..65535, got {label}"
+    ):
+        _ = at(folder).train
+
+
+def test_a_missing_label_among_named_classes_is_refused_by_its_row(tmp_path):
+    rows = pairs(4)
+    rows[3] = (rows[3][0], None)
+    with pytest.raises(ValueError, match=r"`label` in row 3 of the test split of '.*odd' must be in 0..1, got None"):
+        at(hub_folder(tmp_path / "odd", pairs(4), rows)).evaluated("test")
 
 
 def test_a_class_without_a_printable_name_is_refused(tmp_path):

@@ -12,12 +12,13 @@ import torch
 from rlexit import dissection
 from rlexit.config import EvaluateConfig
 from rlexit.costs import cost_table
-from rlexit.dissection import BudgetRow, ExitRow, GroupRow, PictureRow
+from rlexit.dissection import BudgetRow, ExitRow, GroupRow, NoteRow, PictureRow
 from rlexit.domain import Watch
 from rlexit.ensembles import ensembles
 from rlexit.interrupts import Stopped
 from rlexit.network import StagedNetwork
 from tests.vision.small_images import SMALL, changed
+from vision.budgets import patience_exits
 from vision.data import DataSet
 from vision.decoding import Images
 from vision.dissect import SHOWN, Owner, dissect, sheet
@@ -121,6 +122,33 @@ def test_the_mean_over_budgets_lies_between_the_worst_and_the_best(tmp_path, net
     _, found = dissected(tmp_path, network, 0.4)
     [area] = [row.value for row in found[BudgetRow] if row.choice == "area" and row.method == "sdn"]
     assert 0 < area < 1
+
+
+def test_the_mean_over_budgets_of_patience_is_that_of_the_longest_patience_that_held_out_images_afford(
+    tmp_path, network
+):
+    data, found = dissected(tmp_path, network, 0.4)
+    [area] = [row for row in found[BudgetRow] if row.choice == "area" and row.method == "pbee"]
+    costs = cost_table(network, data.tested.pixels[:1])
+    held_out = torch.cat([data.evaluated(split).pixels for split in ("calibration", "certification")])
+    with torch.no_grad():
+        chosen = [network(pixels).answers.argmax(dim=-1) for pixels in (held_out, data.tested.pixels)]
+    macs = torch.tensor(costs.exits, dtype=torch.float64) / costs.full
+    right = chosen[1] == data.tested.labels[:, None]
+    values = []
+    for level in torch.linspace(float(macs[0]), 1, 41, dtype=torch.float64):
+        # Waiting longer costs more, so the last one that can be paid for is the longest.
+        affordable = [wait for wait in (1, 2, 3, 4) if macs[patience_exits(chosen[0], wait)].mean() <= level + 1e-9]
+        left = patience_exits(chosen[1], affordable[-1])
+        values.append(float(right[torch.arange(192), left].double().mean()))
+    assert area.value == pytest.approx(sum(values) / 41)
+
+
+def test_what_a_column_is_about_is_noted_once_per_method(tmp_path, network):
+    for method in ("sdn", "sdn", "ztw"):
+        dissected(tmp_path, network, 0.4, method)
+    notes = dissection.load(tmp_path, NoteRow)
+    assert [(note.method, note.about) for note in notes] == [("sdn", "relative_ops"), ("ztw", "relative_ops")]
 
 
 def test_classes_are_told_with_where_they_leave(tmp_path, network):

@@ -220,6 +220,35 @@ def test_given_weights_of_another_depth_are_a_static_rival(tmp_path):
     assert any(0.97 < share / mine[0].relative_macs < 1 for share in shares)
 
 
+def test_an_evaluation_is_done_with_the_weights_of_its_rivals(tmp_path):
+    path = tmp_path / "deep.safetensors"
+    config = replace(SMALL, rivals=(f"14={path}",))
+    stages = []
+    for seed in (0, 1, 1):
+        torch.manual_seed(seed)
+        save_file(weights(VisionDomain(changed(SMALL, "backbone", depth=14))._classifier()), path)
+        made = session(tmp_path / "run", config)
+        stages.append((made.stage("evaluate").hash, made.stage("evaluate", "ztw").hash))
+    assert stages[0][0] != stages[1][0] == stages[2][0]
+    assert stages[0][1] == stages[1][1] != session(tmp_path / "run").stage("evaluate", "ztw").hash
+
+
+def test_a_teacher_made_beside_other_test_images_is_refused(tmp_path):
+    made = VisionDomain(SMALL)
+    checkpoint.save(tmp_path, "teacher", weights(made._classifier()), made._facts())
+    made.accept(tmp_path)
+    facts = {**made._facts(), "test_sha256": "0123456789ab"}
+    checkpoint.save(tmp_path, "teacher", weights(made._classifier()), facts)
+    with pytest.raises(checkpoint.CheckpointError, match="beside test images with the hash 0123456789ab, those of"):
+        made.accept(tmp_path)
+
+
+def test_the_halves_of_a_test_set_are_two_protocols():
+    halves = [VisionDomain(changed(SMALL, "data", holdout=0.0, half=half)).protocol() for half in (0, 1)]
+    assert halves[0] != halves[1]
+    assert halves[0]["test_sha256"] == halves[1]["test_sha256"]
+
+
 def test_a_rival_that_is_missing_is_told_when_the_config_is_proved(tmp_path):
     made = session(tmp_path / "run", replace(SMALL, rivals=("14=/nowhere/deep.pt",)))
     with pytest.raises(ImportRefused, match="`/nowhere/deep.pt` is missing"):
@@ -305,7 +334,7 @@ def test_a_corrupt_image_in_the_middle_of_an_epoch_leaves_a_training_that_can_go
     rows[13] = (rows[13][0][:50], 1)
     words = (
         "--data.memory_gb",
-        "0",
+        "2e-6",
         "--data.holdout",
         "0",
         "--data.crop",
