@@ -101,8 +101,8 @@ class DataSet:
     def fingerprint(self) -> str:
         """Hex digits that tell test sets apart."""
         # No copy: the pixels of a large test set are gigabytes.
-        digest = hashlib.sha256(np.ascontiguousarray(self._test.pixels.numpy()))
-        digest.update(np.ascontiguousarray(self._test.labels.numpy()))
+        digest = hashlib.sha256(np.ascontiguousarray(self._test.pixels.numpy()).data)
+        digest.update(np.ascontiguousarray(self._test.labels.numpy()).data)
         return digest.hexdigest()[:12]
 
     @cached_property
