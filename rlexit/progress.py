@@ -26,7 +26,7 @@ class Meter:
         self.shown = time.monotonic()
         # What a resumed stage had done before is no part of its speed.
         self.first: tuple[int, float] | None = None
-        self.last = 0
+        self.last = 0, self.shown
         self.bar: Progress | None = None
         self.task: TaskID | None = None
 
@@ -46,9 +46,11 @@ class Meter:
     def __call__(self, done: int, total: int, facts: dict[str, float]) -> None:
         """Tells that `done` of `total` are done, with some figures of the moment."""
         now = time.monotonic()
-        if self.first is None or done < self.last:  # a stage may pass over one set of rows after the other
+        if self.first is None:
             self.first = done, now
-        self.last = done
+        elif done < self.last[0]:  # a stage may pass over one set of rows after the other
+            self.first = 0, self.last[1]
+        self.last = done, now
         text = "  ".join(f"{name} {facts[name]:.3g}" for name in _chosen(list(facts)))
         if self.bar is not None:
             if self.task is None:

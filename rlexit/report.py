@@ -18,6 +18,7 @@ from rlexit import curveplots, metrics, plots, sections, summary, tables
 from rlexit.checkpoint import write_atomic
 from rlexit.curveplots import Scalars
 from rlexit.evidence import Evidence, gather, read_if_there
+from rlexit.glossary import glossary
 from rlexit.pages import Block, Bullets, Code, Heading, Paragraph, Picture, Table, to_html, to_markdown
 from rlexit.rows import LatencyRow, Row, read_reliability
 from rlexit.runlog import Board, read_scalars
@@ -85,6 +86,9 @@ def _blocks(
     blocks += _reliability_blocks(evidence.rows, album)
     blocks += _curve_blocks(scalars, album)
     blocks += _latency_blocks(evidence.latency)
+    if shown:
+        methods = [*(point.method for point in shown), *(row.method for row in evidence.budgets)]
+        blocks += [Heading("Words"), glossary(methods, [point.label for point in shown])]
     blocks += _protocol_blocks(shown)
     return blocks
 
@@ -160,7 +164,7 @@ def _part_blocks(title: str, part: Sequence[Point], album: _Album) -> list[Block
     found = summary.verdicts(part)
     if found:
         blocks += [Heading("Exits or a static network at the same compute?", level=3)]
-        blocks += [Bullets([tables.verdict_item(verdict) for verdict in found])]
+        blocks += [Bullets(tables.verdict_items(found))]
     else:
         unknown = (
             "No static network was evaluated beside exits, so nothing here says that exits beat a smaller network."
@@ -356,7 +360,7 @@ def _notes(rows: Sequence[Row], shown: Sequence[Point]) -> list[str]:
             )
     if any(point.execution == "replay" for point in shown):
         notes.append(
-            "Points marked replay computed all exits at once, and their MACs say so: they tell returns, not savings."
+            "Points marked replay computed all exits at once, and their MACs say so: they tell values, not savings."
         )
     if any(point.normalised_values for point in shown):
         notes.append("Normalised return is (score - random) / (teacher - random); the two means are taken as exact.")

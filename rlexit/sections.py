@@ -231,8 +231,7 @@ def _against(fixed: Sequence[BudgetRow], honest: Sequence[BudgetRow]) -> list[It
         else:
             found.append(_verdict(named, name, pairs))
     if small:
-        names = f"{', '.join(small[:-1])} and {small[-1]} have" if len(small) > 1 else f"{small[0]} has"
-        found.append((*tables.BADGES["unknown"], f"{named}: {names} no budget that small."))
+        found.append((*tables.BADGES["unknown"], f"{named}: {tables.have_text(small)} no budget that small."))
     return found
 
 

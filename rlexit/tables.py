@@ -163,17 +163,39 @@ def latency_table(latency: Sequence[LatencyRow]) -> Table | None:
     return Table(header, lines)
 
 
-def verdict_item(verdict: Verdict) -> tuple[str, str, str]:
-    """A verdict as an item of `pages.Bullets`: badge, kind, and the sentence with its numbers."""
-    static, exits = verdict.static, verdict.exits
+def verdict_items(verdicts: Sequence[Verdict]) -> list[tuple[str, str, str]]:
+    """Verdicts as items of `pages.Bullets`: badge, kind, and the sentence with its numbers.
+
+    Methods that have nothing as cheap as a static network share a sentence.
+    """
+    dear: dict[Point, list[str]] = {}
+    for verdict in verdicts:
+        if verdict.exits is None:
+            dear.setdefault(verdict.static, []).append(verdict.method)
+    items = [
+        (*BADGES["unknown"], f"{_budget_text(static)}: {have_text(methods)} no operating point that cheap.")
+        for static, methods in dear.items()
+    ]
+    return items + [_verdict_item(verdict, verdict.exits) for verdict in verdicts if verdict.exits is not None]
+
+
+def have_text(names: Sequence[str]) -> str:
+    """Such as "ztw has", or "ztw, sdn and pbee have"."""
+    return f"{', '.join(names[:-1])} and {names[-1]} have" if len(names) > 1 else f"{names[0]} has"
+
+
+def _budget_text(static: Point) -> str:
+    return f"at {macs_text(static.macs_mean)} per decision (static {static.label})"
+
+
+def _verdict_item(verdict: Verdict, exits: Point) -> tuple[str, str, str]:
+    static = verdict.static
     badge, kind = BADGES[verdict.winner]
-    budget = f"at {macs_text(static.macs_mean)} per decision (static {static.label})"
-    if exits is None:
-        return badge, kind, f"{budget}: {verdict.method} has no operating point that cheap."
     digits = _digits(static.metric)
+    values = [number(point.value.mean, digits) for point in (exits, static)]
     text = (
-        f"{budget}: {exits.method} {exits.label}, {macs_text(exits.macs_mean)}, reaches {number(exits.value.mean, digits)}, "
-        f"static {number(static.value.mean, digits)}; difference {interval_text(verdict.difference, True, digits)}"
+        f"{_budget_text(static)}: {exits.method} {exits.label}, {macs_text(exits.macs_mean)}, reaches {values[0]}, "
+        f"static {values[1]}; difference {interval_text(verdict.difference, True, digits)}"
     )
     if verdict.winner == "unknown":
         return badge, kind, f"{text}; one value on a side gives no interval."

@@ -168,7 +168,9 @@ def _exit_rows(owner: Owner, label: str, network: StagedNetwork, seen: Seen, cos
     for exit, (name, value, hindsight) in enumerate(zip(network.exit_names, values, improvable, strict=True)):
         macs = costs.exits[exit]
         place = (owner.task, owner.method, owner.run_seed, label, exit, name)
-        costs_here = float(macs), macs / owner.full_macs, counted.exits[exit] / owner.full_ops
+        # Counted with every gate open, which is not what rows of a gated network spend.
+        ops = math.nan if network.gates else counted.exits[exit] / owner.full_ops
+        costs_here = float(macs), macs / owner.full_macs, ops
         yield ExitRow(*place, value, hindsight, *costs_here, len(seen.labels), METRIC)
 
 

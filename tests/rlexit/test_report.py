@@ -13,9 +13,9 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from rlexit import plots, report
+from rlexit import plots, report, summary
 from rlexit.rows import Row, write_rows
-from rlexit.tables import latency_table, shares_text
+from rlexit.tables import latency_table, shares_text, verdict_items
 from tests.rlexit.test_pages import Page
 from tests.rlexit.toy_rows import PROTOCOL, episodes, latency, plain, references, row
 
@@ -312,6 +312,32 @@ def test_latencies_are_compared_with_the_teacher_of_the_same_task() -> None:
     table = latency_table(rows)
     assert table is not None
     assert {line[0]: line[3] for line in table.rows} == {"a teacher": "1.000", "a ztw": "0.500", "b teacher": "1.000"}
+
+
+def test_methods_that_are_dearer_than_a_static_network_share_a_sentence() -> None:
+    rows = [*plain("static", [1.0, 2.0], 0.1, label="width 0.1"), *plain("static", [1.0, 2.0], 0.6, label="width 0.6")]
+    rows += [each for method in ("sdn", "ztw") for each in episodes([5.0, 6.0], method=method)]
+    items = verdict_items(summary.verdicts(summary.points(rows)))
+    assert [badge for badge, _, _ in items] == ["cannot tell", "exits win", "exits win"]
+    assert (
+        items[0][2] == "at 800 k MACs per decision (static width 0.1): sdn and ztw have no operating point that cheap."
+    )
+
+
+def test_a_report_explains_its_words(whole: Report) -> None:
+    assert "each head also reads what the head before it said" in whole.markdown
+    assert "| target\\_macs=S |" in whole.markdown or "| target_macs=S |" in whole.markdown
+    assert "patience@T" not in whole.markdown
+
+
+def test_parts_of_a_test_set_are_no_episodes_and_nobody_acts(tmp_path: Path, quick: None) -> None:
+    rows = [*plain("teacher", [0.9, 0.8], metric="accuracy"), *episodes([0.7, 0.8], metric="accuracy")]
+    write_rows(tmp_path / "run" / "eval" / "episodes.csv", rows)
+    report.write_report([tmp_path / "run"], tmp_path / "out")
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "2 parts of the test set per point" in text
+    assert "episode" not in text
+    assert "actions" not in text.partition("## Protocol")[0]
 
 
 def test_many_exits_are_told_by_their_mean() -> None:

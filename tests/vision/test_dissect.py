@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlexit import dissection
-from rlexit.config import EvaluateConfig
+from rlexit.config import METHODS, EvaluateConfig
 from rlexit.costs import cost_table
 from rlexit.dissection import BudgetRow, ExitRow, GroupRow, NoteRow, PictureRow
 from rlexit.domain import Watch
@@ -199,6 +199,16 @@ def test_networks_without_exits_have_one_row_each(tmp_path):
     made.dissect({"half": half}, "static", 0, full, tmp_path, Watch())
     [row] = dissection.load(tmp_path, ExitRow)
     assert row.relative_ops < 0.5  # of the teacher's, as MACs are
+
+
+def test_a_gated_network_has_no_count_but_that_of_what_rows_spent(tmp_path):
+    made = VisionDomain(SMALL)
+    network = made.blank(METHODS["layer_gates"])
+    full = cost_table(made._classifier().eval(), made.example()).full
+    made.dissect({"": network}, "layer_gates", 0, full, tmp_path, Watch())
+    rows = dissection.load(tmp_path, ExitRow)
+    assert all(math.isnan(row.relative_ops) for row in rows)
+    assert all(row.relative_macs > 0 for row in rows)
 
 
 def test_a_stop_writes_nothing(tmp_path, network):
