@@ -71,6 +71,39 @@ def cost_table(network: StagedNetwork, inputs: Any) -> CostTable:
 
 
 @torch.no_grad()
+def part_macs(network: StagedNetwork, inputs: Any) -> dict[str, int]:
+    """Multiply-adds of one row in every part that may run or not: what a chain of graphs is made of.
+
+    Args:
+        network: in evaluation mode.
+        inputs: tree of (B, ...) tensors; only the shapes and dtypes are read.
+    Returns:
+        By `units.<name>`, `skips.<name>`, `gates.<name>`, `heads.<exit>`, `leave_gates.<exit>` and `reuse`.
+    """
+    state = network.begin(map_tensors(lambda leaf: torch.zeros_like(leaf[:1]), inputs))
+    found = {"reuse": int(network.reuse.macs(state))} if network.reuse is not None else {}
+    while not network.finished(state):
+        name = network.unit_names[state.unit]
+        unit: Any = network.units[name]
+        if name in network.gates:
+            gate: Any = network.gates[name]
+            found[f"gates.{name}"] = int(gate.macs(replace(state, features=unit.glance(state.features))))
+        if unit.skippable:
+            found[f"skips.{name}"] = int(unit.skip_macs(state.features))
+        before = state.macs
+        state = network.advance(state)
+        found[f"units.{name}"] = int(state.macs - before)
+        if network.at_exit(state):
+            exit, before = network.exit_names[state.exit], state.macs
+            if exit in network.leave_gates:
+                leave: Any = network.leave_gates[exit]
+                found[f"leave_gates.{exit}"] = int(leave.macs(replace(state, features=network.tap(state))))
+            state = network.answer(state)
+            found[f"heads.{exit}"] = int(state.macs - before)
+    return found
+
+
+@torch.no_grad()
 def spent_at_exits(network: StagedNetwork, inputs: Any) -> Int[Tensor, "batch exits"]:
     """(B, K) multiply-adds that each row has spent when it is answered at each exit, all heads before it included.
 

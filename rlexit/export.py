@@ -1,8 +1,7 @@
 """Exports: a folder of ONNX graphs and a manifest, written only if it acts as `rlexit.runtime.run` does.
 
 `rlexit.serve` runs such a folder without torch. The check plays the very files through that module on held-out rows, so
-what is proved is what will run. Two floating-point libraries never agree to the last bit: a row may be told otherwise
-only where its score lies within `TOLERANCE` of the threshold, or its two likeliest outputs within that of each other.
+what is proved is what will run (`rlexit.parity`).
 """
 
 from __future__ import annotations
@@ -12,61 +11,25 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import util
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
 from rlexit import backends, exported, serve
 from rlexit.checkpoint import write_atomic
-from rlexit.costs import cost_table
+from rlexit.costs import cost_table, part_macs
 from rlexit.exit_policy import ExitPolicy
-from rlexit.graphs import ANSWER, ExportError, Graph, Port, nested_graph, stage_graphs
+from rlexit.gatelogits import runs_always
+from rlexit.graphs import ExportError, Graph, Port, Traced, recall_graphs, stage_graphs
+from rlexit.nested import nested_graph
 from rlexit.network import StagedNetwork
+from rlexit.parity import Parity, compare
 from rlexit.runfolder import environment
-from rlexit.runtime import RunResult, run
 
-TOLERANCE = 1e-4
-CHUNK = 256
-SINGLES = 256
-
-
-@dataclass(frozen=True)
-class Parity:
-    """How an export compares with the network itself.
-
-    Args:
-        rows: compared.
-        answers: largest absolute difference of a probability, over rows that left at the same exit.
-        actions: rows with another action.
-        exits: rows with another exit.
-        unexplained: those of both that no tie explains: neither a score near its threshold nor two outputs near each other.
-        furthest: of the rows with another exit, the largest distance of the score to its threshold; 0 if there are none.
-        tolerance: what counts as near.
-    """
-
-    rows: int
-    answers: float
-    actions: int
-    exits: int
-    unexplained: int
-    furthest: float
-    tolerance: float = TOLERANCE
-
-    @property
-    def holds(self) -> bool:
-        """Whether every row is told the same, ties aside."""
-        return self.answers <= self.tolerance and not self.unexplained
-
-    def __str__(self) -> str:
-        return (
-            f"{self.rows} rows: {self.exits} with another exit (at most {self.furthest:.1e} from the threshold), "
-            f"{self.actions} with another action, {self.unexplained} unexplained; probabilities within {self.answers:.1e}"
-        )
+__all__ = ["ExportError", "Parity", "compare", "export", "need", "server_of"]
 
 
 def export(
@@ -82,7 +45,8 @@ def export(
     Args:
         network: in evaluation mode.
         policy: rule and thresholds.
-        rows: (N, ...) held-out raw inputs, met when acting under this policy.
+        rows: (N, ...) held-out raw inputs, met when acting under this policy; (T, N, ...) steps in a row of N
+            environments where the network may repeat answers.
         folder: replaced in one rename if the check holds, else left alone.
         kind: `onnx` (a graph per stage) or `onnx-if` (one nested graph).
         facts: what the manifest says besides: task, method, provenance.
@@ -97,15 +61,18 @@ def export(
         raise ExportError("`rows` must hold observations to check the export on, got none.")
     if folder.exists() and not (folder / exported.MANIFEST).is_file() and any(folder.iterdir()):
         raise ExportError(f"`{folder}` must be empty or hold an export, got other files. Give another folder.")
-    graphs = stage_graphs(network, policy, rows[:1].cpu())
-    files = {f"stage{number}.onnx": graph.data for number, graph in enumerate(graphs)}
+    example = _example(network, rows)
+    made = _graphs(network, policy, example)
     if kind == "onnx-if":
-        files = {"policy.onnx": nested_graph(graphs, policy, network.outputs)}
-    manifest = _manifest(network, policy, graphs, files, kind, facts, rows)
+        nested = nested_graph(made[0], policy, network.outputs)
+        files = {"policy": nested.data}
+    else:
+        nested, files = None, {name: traced.data for name, traced in _parts(*made[:2]).items()}
+    manifest = _manifest(network, policy, made, nested, kind, facts, example)
     sibling = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(sibling, ignore_errors=True)
     try:
-        _write(sibling, files, manifest)
+        _write(sibling, {f"{name}.onnx": data for name, data in files.items()}, manifest)
         found = compare(network, policy, serve.load(sibling), rows)
         if not found.holds:
             raise ExportError(f"`export` must act as the network does, got {found}. Nothing was written; report this.")
@@ -125,7 +92,7 @@ def server_of(
     Args:
         network: in evaluation mode.
         policy: rule and thresholds.
-        rows: (N, ...) held-out raw inputs for the check.
+        rows: held-out raw inputs for the check; see `export`.
         threads: see `serve.load`.
         runtime: see `serve.load`.
     Raises:
@@ -133,64 +100,62 @@ def server_of(
         MissingExtra: onnx or the runtime is not installed.
     """
     need("onnx")
-    graphs = stage_graphs(network, policy, rows[:1].cpu())
+    example = _example(network, rows)
+    graphs, recall, macs = _graphs(network, policy, example)
+    parts: dict[str, serve.Part] = {}
+    for (name, traced), spent in zip(_parts(graphs, recall).items(), macs.values(), strict=True):
+        inputs, outputs = (exported.ports(_port_facts(side)) for side in (traced.inputs, traced.outputs))
+        parts[name] = serve.Part(inputs, outputs, traced.data, spent)
     stages = []
-    for graph in graphs:
-        exit = graph.plan.exits[-1]
-        inputs, outputs = (exported.ports(_port_facts(side)) for side in (graph.inputs, graph.outputs))
-        stages.append(serve.Stage(exit, serve.limit(policy.thresholds, exit), inputs, outputs, graph.data))
-    server = serve.Server(_shape_facts(network, rows) | {"format": "onnx"}, stages, threads, runtime)
+    for number, graph in enumerate(graphs):
+        ways = {name: parts[f"stage{number}_{name}"] for name in graph.branches}
+        exit = graph.plan.exit
+        stages.append(serve.Stage(parts[f"stage{number}"], exit, serve.limit(policy.thresholds, exit), **ways))
+    asks: Any = network.reuse
+    reuse = serve.Reuse(parts["recall_asks"], parts["recall_looks"], asks.limit) if recall else None
+    server = serve.Server(_shape_facts(network, example) | {"format": "onnx"}, stages, threads, runtime, reuse)
     found = compare(network, policy, server, rows)
     if not found.holds:
         raise ExportError(f"`export` must act as the network does, got {found}.")
     return server
 
 
-def compare(network: StagedNetwork, policy: ExitPolicy, server: serve.Server, rows: Tensor) -> Parity:
-    """Plays rows through a network and its export, in batches, and the first ones again one by one."""
-    answers = furthest = 0.0
-    actions = exits = unexplained = 0
-    for start in range(0, len(rows), CHUNK):
-        chunk = rows[start : start + CHUNK].cpu()
-        wanted, got = run(network, policy, chunk), server.run(chunk.numpy())
-        mine, left = wanted.answers.numpy(), wanted.exits.numpy()
-        moved, told = left != got.exits, mine.argmax(axis=1) != got.answers.argmax(axis=1)
-        difference = np.abs(np.exp(mine) - np.exp(got.answers)).max(axis=1)
-        # NaN is a difference, which a comparison would pass over.
-        answers = max(answers, float(np.nan_to_num(difference[~moved], nan=np.inf).max(initial=0.0)))
-        actions, exits = actions + int(told.sum()), exits + int(moved.sum())
-        for row in np.flatnonzero(moved | told).tolist():
-            if moved[row]:
-                exit = int(min(left[row], got.exits[row]))
-                distance = abs(float(wanted.scores[row, exit]) - policy.thresholds[exit])
-                if policy.scorer.needs_every_exit:
-                    # A rule that counts agreeing exits jumps where two outputs tie, far from any threshold.
-                    distance = min(distance, _gap(network, chunk[row : row + 1], exit))
-                furthest = max(furthest, distance)
-            else:
-                first, second = np.sort(np.exp(mine[row]))[-1:-3:-1]
-                distance = float(first - second)
-            unexplained += not distance <= TOLERANCE
-        for row in range(min(len(chunk), SINGLES - start)):
-            one = server.act(chunk[row].numpy())
-            same = (one[0], one[1]) == (int(got.answers[row].argmax()), int(got.exits[row]))
-            unexplained += not same and not moved[row] and not told[row] and not _is_near(wanted, policy, row)
-    return Parity(len(rows), answers, actions, exits, unexplained, furthest)
+Graphs = tuple[list[Graph], dict[str, Traced], dict[str, int]]
 
 
-def _is_near(wanted: RunResult, policy: ExitPolicy, row: int) -> bool:
-    """Whether a row's score lies near a threshold, or its two likeliest outputs near each other."""
-    distances = (wanted.scores[row, :-1] - torch.tensor(policy.thresholds)).abs()
-    first, second = wanted.answers[row].exp().topk(2).values.tolist() if wanted.answers.shape[1] > 1 else (1.0, 0.0)
-    return bool((distances <= TOLERANCE).any()) or first - second <= TOLERANCE
+def _graphs(network: StagedNetwork, policy: ExitPolicy, example: Tensor) -> Graphs:
+    """Stages, what is asked before them, and the multiply-adds of every graph by the name of its file."""
+    graphs, recall = stage_graphs(network, policy, example), recall_graphs(network, example)
+    costs = part_macs(network, example)
+    macs = {f"recall_{name}": costs["reuse"] if name == "asks" else 0 for name in recall}
+    for number, graph in enumerate(graphs):
+        plan, name = graph.plan, f"stage{number}"
+        spent = [costs[f"units.{unit}" if runs_always(network, unit) else f"skips.{unit}"] for unit in plan.units]
+        spent += [costs[f"heads.{network.exit_names[exit]}"] for exit in plan.exits]
+        spent += [costs[f"leave_gates.{network.exit_names[plan.exit]}"]] if plan.asks else []
+        spent += [costs[f"gates.{plan.gated}"]] if plan.gated else []
+        macs[name] = sum(spent)
+        told = {
+            "head": f"heads.{network.exit_names[plan.exit]}",
+            "runs": f"units.{plan.gated}",
+            "skips": f"skips.{plan.gated}",
+        }
+        macs |= {f"{name}_{way}": costs[told[way]] for way in graph.branches}
+    return graphs, recall, macs
 
 
-@torch.no_grad()
-def _gap(network: StagedNetwork, row: Tensor, exit: int) -> float:
-    """Smallest distance between the two likeliest outputs of any exit up to one."""
-    probabilities = network(row).logits[:, : exit + 1].softmax(dim=-1)
-    first, second = probabilities.topk(2, dim=-1).values.unbind(dim=-1)
-    return float((first - second).min())
+def _parts(graphs: Sequence[Graph], recall: Mapping[str, Traced]) -> dict[str, Traced]:
+    """Every graph by the name of its file, without suffix."""
+    found = {f"recall_{name}": traced for name, traced in recall.items()}
+    for number, graph in enumerate(graphs):
+        found[f"stage{number}"] = graph
+        found |= {f"stage{number}_{name}": traced for name, traced in graph.branches.items()}
+    return found
+
+
+def _example(network: StagedNetwork, rows: Tensor) -> Tensor:
+    """(1, ...) the first of the rows."""
+    return (rows[0] if network.reuse is not None else rows)[:1].cpu()
 
 
 def need(kind: str) -> None:
@@ -205,46 +170,67 @@ def need(kind: str) -> None:
 def _manifest(
     network: StagedNetwork,
     policy: ExitPolicy,
-    graphs: Sequence[Graph],
-    files: Mapping[str, bytes],
+    made: Graphs,
+    nested: Traced | None,
     kind: str,
     facts: Mapping[str, Any],
-    rows: Tensor,
+    example: Tensor,
 ) -> dict[str, Any]:
-    costs = cost_table(network, rows[:1])
-    stages = []
-    units: set[str] = set()
-    heads: set[int] = set()
+    graphs, recall, costs = made
+    total = costs.get("recall_asks", 0)
     macs: dict[str, int] = {}
-    for graph in graphs:
-        units |= set(graph.plan.units)
-        heads |= set(graph.plan.exits)
-        spent = sum(costs.units[name] for name in units) + sum(costs.heads[network.exit_names[exit]] for exit in heads)
-        macs[str(graph.plan.exits[-1])] = spent
-    ports = [(graph.inputs, graph.outputs, graph.plan.exits[-1]) for graph in graphs]
-    if kind == "onnx-if":
-        told = (Port(ANSWER, (network.outputs,), "float32"), Port("exit", (), "int64"))
-        ports = [(graphs[0].inputs, told, -1)]
-    for (name, data), (inputs, outputs, exit) in zip(files.items(), ports, strict=True):
-        entry = {"file": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest(), "exit": exit}
-        stages.append({**entry, "inputs": _port_facts(inputs), "outputs": _port_facts(outputs)})
+    for number, graph in enumerate(graphs):
+        total += costs[f"stage{number}"] + costs.get(f"stage{number}_runs", 0)
+        if graph.plan.exit >= 0:
+            macs[str(graph.plan.exit)] = total + costs.get(f"stage{number}_head", 0)
+    table = cost_table(network, example)
+    if nested is not None:
+        stages = [{**_entry("policy", nested, 0), "exit": -1}]
+    else:
+        stages = [
+            {
+                **_entry(f"stage{number}", graph, costs[f"stage{number}"]),
+                "exit": graph.plan.exit,
+                **({"gate": graph.plan.gated} if graph.plan.gated else {}),
+                **{
+                    way: _entry(f"stage{number}_{way}", traced, costs[f"stage{number}_{way}"])
+                    for way, traced in graph.branches.items()
+                },
+            }
+            for number, graph in enumerate(graphs)
+        ]
+    asks: Any = network.reuse
+    reuse = {name: _entry(f"recall_{name}", traced, costs[f"recall_{name}"]) for name, traced in recall.items()}
     return {
         "schema_version": exported.SCHEMA_VERSION,
         "format": kind,
         **policy.to_json(),
-        **_shape_facts(network, rows),
+        **_shape_facts(network, example),
         "preprocessing": "inside the graph, which divides by 255; frames are given as float32 where its input is",
         "answer": "log-probabilities; the likeliest output is the action, its probability the confidence",
         "macs": macs,
-        "relative_macs": {exit: costs.relative(spent) for exit, spent in macs.items()},
+        "relative_macs": {exit: table.relative(spent) for exit, spent in macs.items()},
         "stages": stages,
+        **({"reuse": {"limit": asks.limit, **reuse}} if recall else {}),
         **facts,
         "made": environment(),
     }
 
 
-def _shape_facts(network: StagedNetwork, rows: Tensor) -> dict[str, Any]:
-    observation = {"shape": list(rows.shape[1:]), "dtype": str(rows.dtype).removeprefix("torch.")}
+def _entry(name: str, traced: Traced, macs: int) -> dict[str, Any]:
+    """What the manifest says of a graph."""
+    return {
+        "file": f"{name}.onnx",
+        "bytes": len(traced.data),
+        "sha256": hashlib.sha256(traced.data).hexdigest(),
+        "macs": macs,
+        "inputs": _port_facts(traced.inputs),
+        "outputs": _port_facts(traced.outputs),
+    }
+
+
+def _shape_facts(network: StagedNetwork, example: Tensor) -> dict[str, Any]:
+    observation = {"shape": list(example.shape[1:]), "dtype": str(example.dtype).removeprefix("torch.")}
     return {"exits": network.exits, "outputs": network.outputs, "observation": observation}
 
 

@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SCHEMA_VERSION = 2  # 1: frames were converted inside the graph
+# 1: frames were converted inside the graph. 2: every stage ended at an exit, and its multiply-adds were in `macs` only.
+SCHEMA_VERSION = 3
+BRANCHES = ("head", "runs", "skips")
 MANIFEST = "manifest.json"
 FORMATS = ("onnx", "onnx-if")
 MAX_MANIFEST_BYTES = 1 << 20
@@ -67,6 +69,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     if found != stated:
         raise ServeError(f"`{path}` does not match its own SHA-256. It was altered; export again.")
     try:
+        if version < 3:
+            _upgrade(manifest)
         _check_manifest(manifest)
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ServeError(f"`{path}` is no manifest of an export ({error!r}). Export again.") from error
@@ -109,30 +113,90 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
     previous = -1
     for number, entry in enumerate(stages):
         last = number == len(stages) - 1
-        if (
-            not _NAME.fullmatch(entry["file"])
-            or not _HASH.fullmatch(entry["sha256"])
-            or type(entry["bytes"]) is not int
-        ):
-            raise ValueError("file")
-        exit = entry["exit"]
-        if type(exit) is not int or (
-            exit != -1 if nested else not previous < exit < exits or last != (exit == exits - 1)
-        ):
+        _check_part(entry)
+        exit, ways = entry["exit"], {name for name in BRANCHES if entry.get(name) is not None}
+        for name in ways:
+            _check_part(entry[name])
+        gated = "runs" in ways
+        in_order = exit == -1 if nested or gated else previous < exit < exits and last == (exit == exits - 1)
+        if type(exit) is not int or not in_order or (last and ways) or (gated and "head" in ways):
             raise ValueError("exit")
-        previous = exit
-        for port in (*entry["inputs"], *entry["outputs"]):
-            _check_port(port)
+        if "skips" in ways and not gated:
+            raise ValueError("skips")
+        if gated:
+            _check_ways(entry)
+        previous = max(previous, exit)
         names = {port["name"] for port in entry["outputs"]}
-        if not ({"answer", "exit"} if nested else {"answer"} if last else {"answer", "score"}) <= names:
+        answered = entry["head"]["outputs"] if "head" in ways else entry["outputs"]
+        wanted = {"answer", "exit"} if nested else {"logit"} if gated else {"score"} if not last else set()
+        if not wanted <= names or (gated and {"answer", "score"} & names):
             raise ValueError("outputs")
-        if [port["shape"] for port in entry["outputs"] if port["name"] == "answer"] != [[outputs]]:
+        if not gated and [port["shape"] for port in answered if port["name"] == "answer"] != [[outputs]]:
             raise ValueError("answer")
+    if nested and any(type(macs) is not int for macs in manifest["macs"].values()):
+        raise ValueError("macs")
+    if manifest.get("reuse") is not None:
+        _check_reuse(manifest)
     first = [port for port in stages[0]["inputs"] if port["name"] == "observation"]
     told = {"name": "observation", **manifest["observation"]}
     # Frames may be given to the graph as float32 of the same values.
     if first not in ([told], [{**told, "dtype": "float32"}] if told["dtype"] == "uint8" else [told]):
         raise ValueError("observation")
+
+
+def _upgrade(manifest: dict[str, Any]) -> None:
+    """Adds what stages say today to those of an older schema."""
+    before = 0
+    for entry in manifest["stages"]:
+        spent = int(manifest["macs"][str(entry["exit"])]) if entry["exit"] >= 0 else 0
+        entry["macs"], before = spent - before, spent
+
+
+def _check_part(entry: dict[str, Any]) -> None:
+    """One graph."""
+    named = _NAME.fullmatch(entry["file"]) and _HASH.fullmatch(entry["sha256"])
+    if not named or type(entry["bytes"]) is not int or type(entry["macs"]) is not int:
+        raise ValueError("file")
+    for port in (*entry["inputs"], *entry["outputs"]):
+        _check_port(port)
+
+
+def _check_ways(entry: dict[str, Any]) -> None:
+    """The ways past a gated unit give the same tensors, or the one there is works in place."""
+    logits = [port["shape"] for port in entry["outputs"] if port["name"] == "logit"]
+    if logits != [[1]]:
+        raise ValueError("logit")
+    told = entry["runs"]["outputs"]
+    if entry.get("skips") is not None:
+        if entry["skips"]["outputs"] != told:
+            raise ValueError("skips")
+        return
+    read = [{**port, "name": ""} for port in entry["runs"]["inputs"]]
+    if read != [{**port, "name": ""} for port in told]:
+        raise ValueError("runs")
+
+
+def _check_reuse(manifest: dict[str, Any]) -> None:
+    """What is asked before the first stage, and the memory that it reads."""
+    reuse, first = manifest["reuse"], manifest["stages"][0]["inputs"]
+    if manifest["format"] != "onnx" or type(reuse["limit"]) is not int or not 1 <= reuse["limit"] <= 1 << 20:
+        raise ValueError("reuse")
+    for name in ("asks", "looks"):
+        _check_part(reuse[name])
+    read = {port["name"]: port for port in reuse["asks"]["inputs"]}
+    told = {port["name"]: port for port in reuse["asks"]["outputs"]}
+    if set(read) != {"observation", "memory_answer", "memory_view", "memory_left"} or set(told) != {"view", "logit"}:
+        raise ValueError("asks")
+    if reuse["looks"]["outputs"] != [told["view"]] or reuse["looks"]["inputs"] != [read["observation"]]:
+        raise ValueError("looks")
+    same = (read["memory_view"]["shape"], read["memory_answer"]["shape"], told["logit"]["shape"], first)
+    if (
+        same != (told["view"]["shape"], [manifest["outputs"]], [1], [read["observation"]])
+        or read["memory_left"]["shape"]
+    ):
+        raise ValueError("memory")
+    if [read[f"memory_{name}"]["dtype"] for name in ("answer", "view", "left")] != ["float32", "float32", "int64"]:
+        raise ValueError("memory")
 
 
 def _check_port(port: dict[str, Any]) -> None:

@@ -16,11 +16,46 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from rlexit.heads import Head, PooledConvHead, SDNPool
 from rlexit.network import StagedNetwork
 
 WHITE = 255
+
+
+def windows(size: tuple[int, int], side: int) -> list[list[tuple[int, int]]]:
+    """Where each output of adaptive pooling begins and ends, per axis: floor(i size / n) up to ceil((i + 1) size / n)."""
+    return [[(index * length // side, -(-(index + 1) * length // side)) for index in range(side)] for length in size]
+
+
+class PlainOperators(TorchFunctionMode):
+    """Says in plain operators, while a network is traced, what is none in ONNX or none that is served.
+
+    Average pooling of a map whose sides are no multiples of the result's: its windows. Padding of channels by zeros:
+    zeros made of channels that are there, because `Pad` can make any size out of any number.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """One call of a torch function."""
+        if func is functional.adaptive_avg_pool2d and isinstance(args[1], int):
+            size = (int(args[0].shape[2]), int(args[0].shape[3]))
+            if any(length % args[1] for length in size):
+                return _averages(args[0], windows(size, args[1]))
+        if func is functional.pad and len(args[1]) == 6 and not any(args[1][:4]):
+            features, (before, after) = args[0], args[1][4:]
+            if max(before, after) <= int(features.shape[1]):
+                zeros = [[features[:, :count] * 0] if count else [] for count in (before, after)]
+                return torch.cat([*zeros[0], features, *zeros[1]], dim=1)
+        return func(*args, **(kwargs or {}))
+
+
+def _averages(features: Tensor, places: list[list[tuple[int, int]]]) -> Tensor:
+    """(B, C, H, W) to the average of each window."""
+    for dim, axis in enumerate(places, start=2):
+        parts = [features.narrow(dim, begin, end - begin).mean(dim=dim, keepdim=True) for begin, end in axis]
+        features = torch.cat(parts, dim)
+    return features
 
 
 class WindowPool(nn.Module):
@@ -37,10 +72,7 @@ class WindowPool(nn.Module):
     def __init__(self, pool: SDNPool, size: tuple[int, int]) -> None:
         super().__init__()
         self.mix = float(pool.mix.detach())
-        self.windows = [
-            [(index * length // pool.side, -(-(index + 1) * length // pool.side)) for index in range(pool.side)]
-            for length in size
-        ]
+        self.windows = windows(size, pool.side)
         kernels = [{end - begin for begin, end in axis} for axis in self.windows]
         strides = [{late[0] - early[0] for early, late in pairwise(axis)} for axis in self.windows]
         self.single = all(kernel == {1} for kernel in kernels)
@@ -57,12 +89,11 @@ class WindowPool(nn.Module):
                 functional.max_pool2d(features, self.kernel, self.stride),
                 functional.avg_pool2d(features, self.kernel, self.stride),
             )
-        largest = average = features
+        largest = features
         for dim, axis in enumerate(self.windows, start=2):
             parts = [(begin, end - begin) for begin, end in axis]
             largest = torch.cat([largest.narrow(dim, *part).amax(dim=dim, keepdim=True) for part in parts], dim)
-            average = torch.cat([average.narrow(dim, *part).mean(dim=dim, keepdim=True) for part in parts], dim)
-        return largest, average
+        return largest, _averages(features, self.windows)
 
 
 class RewrittenHead(Head):
@@ -183,6 +214,14 @@ def given_as(network: StagedNetwork, inputs: Tensor) -> Tensor:
 def prepared(network: StagedNetwork, inputs: Tensor) -> Tensor:
     """What the first unit of a rewritten network reads; the division of frames may be in its weights."""
     return inputs if getattr(network, "rewritten_scale", False) else network.prepare(inputs)
+
+
+def newest(network: StagedNetwork, inputs: Tensor) -> Tensor:
+    """The newest channel of raw inputs as the first unit's original reads it."""
+    if getattr(network, "rewritten_scale", False):
+        return inputs[:, -1:] / WHITE
+    prepared_inputs: Tensor = network.prepare(inputs)[:, -1:]
+    return prepared_inputs
 
 
 def _scaled(network: StagedNetwork) -> Any:

@@ -70,8 +70,12 @@ class ReuseGate(Gate):
 
     def logits(self, view: Float[Tensor, "batch positions"], memory: Memory) -> Float[Tensor, " batch"]:
         """Of computing, before the sigmoid."""
+        return self.net(self.reads(view, memory)).reshape(len(view))
+
+    def reads(self, view: Float[Tensor, "batch positions"], memory: Memory) -> Float[Tensor, "batch inputs"]:
+        """What the small net sees."""
         seen = (view, CONTRAST * (view - memory["view"]), memory["answer"].exp(), memory["left"][:, None] / self.limit)
-        return self.net(torch.cat(seen, dim=1)).reshape(len(view))
+        return torch.cat(seen, dim=1)
 
     def decide(
         self, state: ExitState, mode: Mode, given: Decision | None = None, generator: torch.Generator | None = None

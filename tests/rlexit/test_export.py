@@ -150,13 +150,13 @@ def test_frames_are_converted_outside_of_the_first_graph():
 
 
 @pytest.mark.parametrize("name", ["skips", "widths", "pixels", "carried_gate"])
-def test_gated_networks_are_refused(name):
-    with pytest.raises(ExportError, match=r"`network` must have no gates .* got gates before"):
+def test_gates_that_no_graph_can_ask_are_refused(name):
+    with pytest.raises(ExportError, match=r"`gates.kind` must be lstm, ff1, ff2 or static .* got .*Gate before"):
         check_exportable(TOYS[name].network())
 
 
 def test_networks_with_memory_are_refused():
-    with pytest.raises(ExportError, match="must keep nothing between env steps"):
+    with pytest.raises(ExportError, match="must keep nothing but answers between env steps"):
         check_exportable(TOYS["memory"].network())
 
 

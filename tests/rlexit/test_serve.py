@@ -14,12 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from rlexit import exported, onnxfile, serve
+from rlexit import chains, exported, onnxfile, serve
 from rlexit.backends import MissingExtra
 from rlexit.ensembles import ensembles
 from rlexit.export import export
 from rlexit.exported import ServeError
 from rlexit.runtime import run
+from tests.rlexit.served import counted
 from tests.rlexit.toys import EXITS, OUTPUTS, TOYS, parting, staged
 
 onnx = pytest.importorskip("onnx", reason="the extra `export` is not installed")
@@ -97,7 +98,8 @@ def test_batches_of_any_size_are_served(made, batch):
 @pytest.mark.parametrize("batch", [1, 15, 16, 17, 32])
 def test_rows_dealt_to_threads_and_blocks_are_told_what_they_are_told_in_one_piece(made, monkeypatch, batch):
     whole = serve.load(made).run(ROWS[:batch].numpy())
-    monkeypatch.setattr(serve, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(chains, "BLOCK_BYTES", 1)
+    monkeypatch.setattr(chains, "LEAST_BLOCK", 5)
     monkeypatch.setattr(serve, "LEAST_BLOCK", 5)
     for threads in (1, 2, 3):
         server = serve.load(made, threads=threads)
@@ -141,12 +143,13 @@ def test_other_thresholds_lead_to_other_exits(made):
         assert set(server.with_thresholds(limits[0]).act(ROWS.numpy()).exits.tolist()) == {0}
 
 
-def test_a_later_graph_is_not_run_for_a_row_that_left(made):
+def test_a_later_graph_is_not_run_for_a_row_that_left(made, monkeypatch):
+    calls = counted(monkeypatch)
     server = serve.load(made, thresholds=(-np.inf, 2.0))
-    server._chain[1:] = [None] * (EXITS - 1)
-    server._runners[1:] = [None] * (EXITS - 1)
     assert server.act(ROWS[0].numpy()).exit == 0
     assert set(server.act(ROWS.numpy()).exits.tolist()) == {0}
+    later = [calls[part.data] for stage in server.stages[1:] for part in stage.parts]
+    assert (calls[server.stages[0].part.data], later) == (2, [0, 0])
 
 
 def test_serving_imports_neither_torch_nor_onnx(made):
@@ -217,6 +220,19 @@ def test_an_export_of_a_newer_rlexit_is_refused(folder):
         folder, lambda manifest: manifest.update(schema_version=exported.SCHEMA_VERSION + 1, stages="of another kind")
     )
     assert "Update rlexit" in refusal(lambda: serve.load(folder))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_export_of_an_older_rlexit_is_served(made, folder, version):
+    def older(manifest: dict[str, Any]) -> None:
+        manifest["schema_version"] = version
+        for stage in manifest["stages"]:
+            del stage["macs"]
+
+    reseal(folder, older)
+    wanted, got = serve.load(made).run(ROWS.numpy()), serve.load(folder).run(ROWS.numpy())
+    for mine, theirs in zip(wanted, got, strict=True):
+        np.testing.assert_array_equal(mine, theirs)
 
 
 def test_links_and_pipes_are_not_followed(folder, tmp_path):

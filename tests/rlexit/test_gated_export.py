@@ -1,0 +1,196 @@
+"""Networks whose rows skip units, exported: decisions, answers, exits and costs as `rlexit.runtime.run` has them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rlexit import serve
+from rlexit.config import GateConfig
+from rlexit.exit_policy import ExitPolicy
+from rlexit.export import ExportError, compare, export, server_of
+from rlexit.gates.layer import FeedForwardGate, RecurrentGate
+from rlexit.graphs import stage_graphs
+from rlexit.network import StagedNetwork
+from rlexit.runtime import run
+from tests.rlexit.served import counted
+from tests.rlexit.test_serve import reseal
+from tests.rlexit.toys import CHANNELS, EXITS, MAP, parting, residual, scatter
+
+pytest.importorskip("onnx", reason="the extra `export` is not installed")
+pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
+
+SEED = 7
+KINDS = ("lstm", "ff1", "ff2", "static")
+ROWS = torch.randn(32, *MAP, generator=torch.Generator().manual_seed(1))
+
+
+def gated(kind: str) -> StagedNetwork:
+    """Three blocks, the second with a convolution in its shortcut, whose gates part the rows."""
+    torch.manual_seed(SEED)
+    network = residual("none", GateConfig(kind, bias=0.0))
+    scatter(network)
+    with torch.no_grad():
+        for _ in range(len(network.gates)):  # one after the other: what a gate sees depends on those before it
+            for gate, logits in zip(network.gates.values(), _logits(network), strict=True):
+                if isinstance(gate, FeedForwardGate):
+                    linear = [layer for layer in gate.modules() if isinstance(layer, torch.nn.Linear)][-1]
+                    linear.bias[1] -= logits.sort().values[15:17].mean()
+        if kind == "lstm":
+            network.gates["block0"].core.logit.bias -= torch.stack(_logits(network)).median()
+        if kind == "static":
+            network.gates["block1"].logit.fill_(-1.0)
+            network.gates["block2"].logit.fill_(1.0)
+    return network
+
+
+def _logits(network: StagedNetwork) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    state = network.begin(ROWS)
+    while not network.finished(state):
+        name = network.unit_names[state.unit]
+        if name in network.gates:
+            gate: Any = network.gates[name]
+            found.append(gate.logits(replace(state, features=network.units[name].glance(state.features)))[0])
+        state, decision = network.decide(state)
+        state = network.advance(state, decision)
+    return found
+
+
+def actions_of(network: StagedNetwork, policy: ExitPolicy) -> np.ndarray:
+    """(B, gates) what `run` decided, -1 where nobody asked."""
+    result = run(network, policy, ROWS)
+    found = np.full((len(ROWS), len(network.gates)), -1)
+    for column, (rows, decision) in enumerate(result.decisions):
+        found[rows.numpy(), column] = decision.action.numpy()
+    return found
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("exits", [False, True])
+def test_a_gated_network_is_served_as_it_runs(tmp_path, kind, exits):
+    network = gated(kind)
+    policy = parting(network, ROWS) if exits else ExitPolicy.full(EXITS)
+    manifest = export(network, policy, ROWS, tmp_path / "export", "onnx", {})
+    assert {manifest["parity"][name] for name in ("actions", "exits", "gates", "macs", "unexplained")} == {0}
+    wanted, server = run(network, policy, ROWS), serve.load(tmp_path / "export", threads=2)
+    got = server.run(ROWS.numpy())
+    np.testing.assert_array_equal(got.exits, wanted.exits.numpy())
+    np.testing.assert_array_equal(got.macs, wanted.macs.numpy())
+    np.testing.assert_allclose(got.answers, wanted.answers.numpy(), atol=1e-4, rtol=1e-4)
+    np.testing.assert_array_equal(got.decisions, actions_of(network, policy)[:, : server.gates])
+    if kind != "static":
+        assert all({0, 1} <= set(column.tolist()) for column in got.decisions.T)
+    assert len(set(got.exits.tolist())) == (EXITS if exits else 1)
+    for row, observation in enumerate(ROWS.numpy()):
+        assert server.act(observation)[:2] == (int(got.answers[row].argmax()), int(got.exits[row]))
+
+
+def test_a_unit_that_a_row_skips_is_not_run(monkeypatch):
+    calls = counted(monkeypatch)
+    network = gated("lstm")
+    policy = parting(network, ROWS)
+    server = server_of(network, policy, ROWS)
+    for row, observation in enumerate(ROWS.numpy()):
+        calls.clear()
+        server.act(observation)
+        told = server.run(observation[None])
+        assert told.exits[0] == run(network, policy, ROWS).exits[row]
+        gates = [stage for stage in server.stages if stage.runs is not None]
+        for stage, decision in zip(gates, told.decisions[0].tolist(), strict=True):
+            # Twice: alone, and as a batch of one.
+            assert calls[stage.runs.data] == 2 * (decision == 1)
+            assert calls[stage.part.data] == 2 * (decision >= 0)
+            if stage.skips is not None:
+                assert calls[stage.skips.data] == 2 * (decision == 0)
+
+
+def test_a_plain_shortcut_needs_no_graph_and_one_with_weights_has_one():
+    graphs = stage_graphs(gated("lstm"), ExitPolicy.full(EXITS), ROWS[:1])
+    ways = {graph.plan.gated: tuple(graph.branches) for graph in graphs if graph.plan.gated}
+    assert ways == {"block0": ("runs",), "block1": ("runs", "skips"), "block2": ("runs",)}
+    assert [graph.plan.exit for graph in graphs] == [-1, -1, -1, EXITS - 1]
+
+
+def test_gates_that_decide_alike_for_all_rows_are_asked_by_nobody():
+    network = gated("static")
+    graphs = stage_graphs(network, ExitPolicy.full(EXITS), ROWS[:1])
+    assert [graph.plan.units for graph in graphs] == [("stem", "block0", "block1", "block2")]
+    server = server_of(network, ExitPolicy.full(EXITS), ROWS)
+    assert server.run(ROWS.numpy()).macs.tolist() == run(network, ExitPolicy.full(EXITS), ROWS).macs.tolist()
+
+
+@pytest.mark.parametrize("batch", [0, 1, 7])
+def test_batches_of_any_size_are_parted(batch):
+    network, policy = gated("lstm"), ExitPolicy.full(EXITS)
+    told = server_of(network, policy, ROWS).run(ROWS[:batch].numpy())
+    np.testing.assert_array_equal(told.macs, run(network, policy, ROWS[:batch]).macs.numpy())
+
+
+def test_an_export_whose_gates_decide_otherwise_is_noticed():
+    network, policy = gated("lstm"), ExitPolicy.full(EXITS)
+    server = server_of(network, policy, ROWS)
+    gate = network.gates["block0"]
+    assert isinstance(gate, RecurrentGate)
+    with torch.no_grad():
+        gate.core.logit.bias *= -1
+        gate.core.logit.weight *= -1
+    found = compare(network, policy, server, ROWS)
+    assert found.gates > 0
+    assert not found.holds
+
+
+@pytest.mark.parametrize(
+    ("kind", "channels"), [("mgl2s", "both"), ("random", "none"), ("policy_net", "none"), ("conv_channel", "block_out")]
+)
+def test_gates_that_no_chain_of_graphs_can_ask_are_refused_by_name(kind, channels):
+    network = residual(channels, GateConfig(kind))
+    told = "a channel gate" if kind == "conv_channel" else kind
+    with pytest.raises(ExportError, match=f"`gates.kind` must be lstm, ff1, ff2 or static .* got {told} before"):
+        stage_graphs(network, ExitPolicy.full(EXITS), ROWS[:1])
+
+
+def test_one_nested_graph_cannot_skip(tmp_path):
+    with pytest.raises(ExportError, match="`--format` onnx-if .* got gates. Use --format onnx"):
+        export(gated("lstm"), ExitPolicy.full(EXITS), ROWS, tmp_path / "export", "onnx-if", {})
+    assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda stages: stages[0].update(exit=0),
+        lambda stages: stages[1]["skips"]["outputs"][0].update(shape=[CHANNELS]),
+        lambda stages: stages[0]["runs"]["outputs"][0].update(shape=[CHANNELS, 1, 1]),
+        lambda stages: stages[0]["runs"].update(file="../runs.onnx"),
+        lambda stages: stages[0]["outputs"].pop(),
+        lambda stages: stages[-1].update(runs=stages[0]["runs"]),
+        lambda stages: stages[1].update(head=stages[0]["runs"]),
+        lambda stages: stages[0]["runs"].update(macs=math.inf),
+    ],
+)
+def test_a_gated_manifest_that_claims_nonsense_is_refused(tmp_path, change):
+    folder = tmp_path / "export"
+    export(gated("ff2"), ExitPolicy.full(EXITS), ROWS, folder, "onnx", {})
+    serve.load(folder)
+    with pytest.raises((serve.ServeError, ValueError)) as caught:
+        reseal(folder, lambda manifest: change(manifest["stages"]))
+        serve.load(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_openvino_serves_a_gated_export_too(tmp_path):
+    pytest.importorskip("openvino", reason="the extra `openvino` is not installed")
+    network = gated("lstm")
+    export(network, parting(network, ROWS), ROWS, tmp_path / "export", "onnx", {})
+    wanted, got = (
+        serve.load(tmp_path / "export", runtime=name).run(ROWS.numpy()) for name in ("onnxruntime", "openvino")
+    )
+    np.testing.assert_array_equal(got.exits, wanted.exits)
+    np.testing.assert_array_equal(got.decisions, wanted.decisions)
+    np.testing.assert_allclose(got.answers, wanted.answers, atol=1e-4)
