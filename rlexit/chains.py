@@ -74,6 +74,7 @@ class Stage:
         head: answers the rows that leave, where `part` does not.
         runs: for rows that run the gated unit after it; None if there is none.
         skips: for rows that skip it; without it they keep what they have, and what `runs` gives takes its place.
+        alone: for one row: the stages since the exit before it and this one in one graph; `part` where it is None.
     """
 
     part: Part
@@ -82,11 +83,12 @@ class Stage:
     head: Part | None = None
     runs: Part | None = None
     skips: Part | None = None
+    alone: Part | None = None
 
     @property
     def parts(self) -> tuple[Part, ...]:
         """All that there are."""
-        return tuple(one for one in (self.part, self.head, self.runs, self.skips) if one is not None)
+        return tuple(one for one in (self.part, self.head, self.runs, self.skips, self.alone) if one is not None)
 
 
 class Opened:
@@ -132,7 +134,7 @@ def refused(rows: str, error: Exception) -> ServeError:
 
 
 class Single:
-    """One row at a time: every tensor between graphs has one place, bound once.
+    """One row at a time, from exit to exit: every tensor between graphs has one place, bound once.
 
     Args:
         stages: in order.
@@ -143,68 +145,40 @@ class Single:
     def __init__(self, stages: Sequence[Stage], opened: Opened, places: dict[str, np.ndarray] | None = None) -> None:
         self._opened = opened
         self._places: dict[str, np.ndarray] = dict(places or {})
-        self._steps: list[tuple[Call, np.ndarray, float, Call | None, np.ndarray, Call | None, Call | None]] = []
+        self._steps: list[tuple[Call, np.ndarray, float, Call | None]] = []
         self._told: list[tuple[np.ndarray, int]] = []
-        for number, stage in enumerate(stages):
-            call = self._bind(stage.part, number)
-            # Nobody leaves where 0 is compared with +inf, everybody where it is with -inf.
-            score = self._places.get(f"{SCORE}/{number}", np.zeros(1, dtype=np.float32))
-            head = self._bind(stage.head, number) if stage.head is not None else None
-            runs = skips = None
+        for stage in stages:
             if stage.runs is not None:
-                runs = self._past(stage.runs, number, in_place=stage.skips is None)
-                skips = self._bind(stage.skips, number) if stage.skips is not None else None
-            logit = self._places.get(f"{LOGIT}/{number}", score)
-            threshold = stage.threshold if stage.exit >= 0 or number == len(stages) - 1 else math.inf
-            self._steps.append((call, score, threshold, head, logit, runs, skips))
-            self._told.append((self._places.get(f"{ANSWER}/{number}", score)[0], stage.exit))
+                continue  # it is in a branch of the graph that leads to the next exit
+            call = self._bind(stage.alone or stage.part, stage.exit)
+            score = self._places.get(f"{SCORE}/{stage.exit}", np.ones(1, dtype=np.float32))
+            head = self._bind(stage.head, stage.exit) if stage.head is not None else None
+            self._steps.append((call, score, stage.threshold, head))
+            self._told.append((self._places[f"{ANSWER}/{stage.exit}"][0], stage.exit))
         self.observation = self._places[OBSERVATION][0]
 
     def decide(self) -> tuple[np.ndarray, int]:
         """The answer (A,) and the exit of the row in `observation`."""
         place = 0
         try:
-            for call, score, threshold, head, logit, runs, skips in self._steps:
+            for call, score, threshold, head in self._steps:
                 call()
                 if score.item(0) > threshold:
                     if head is not None:
                         head()
                     break
-                if runs is not None:
-                    if logit.item(0) > 0:
-                        runs()
-                    elif skips is not None:
-                        skips()
                 place += 1
         except Exception as error:
             raise refused(ONE_ROW, error) from error
         answer, exit = self._told[place]
-        return answer, int(self._places[f"{EXIT}/{place}"][0]) if exit < 0 else exit
+        return answer, int(self._places[f"{EXIT}/{exit}"][0]) if exit < 0 else exit
 
-    def _bind(self, part: Part, number: int) -> Call:
+    def _bind(self, part: Part, exit: int) -> Call:
         given = {port.name: self._read(port) for port in part.inputs}
-        found = {}
-        for port in part.outputs:
-            own = port.name in (ANSWER, SCORE, LOGIT, EXIT)
-            name = f"{port.name}/{number}" if own else port.name
-            found[port.name] = self._places.setdefault(name, buffer(port))
+        found = {port.name: buffer(port) for port in part.outputs}
+        for name, place in found.items():
+            self._places[f"{name}/{exit}" if name in (ANSWER, SCORE, EXIT) else name] = place
         return self._opened.bind(part, given, found, ONE_ROW)
-
-    def _past(self, part: Part, number: int, in_place: bool) -> Call:
-        """Running a unit; in place, what it gives is moved to where a row that skips it has its features."""
-        call = self._bind(part, number)
-        if not in_place:
-            return call
-        pairs = [
-            (self._read(read), self._places[given.name]) for read, given in zip(part.inputs, part.outputs, strict=True)
-        ]
-
-        def run() -> None:
-            call()
-            for target, source in pairs:
-                np.copyto(target, source)
-
-        return run
 
     def _read(self, port: Port) -> np.ndarray:
         place = self._places.get(port.name)
@@ -231,7 +205,7 @@ class Batch:
         self._columns = np.cumsum([stage.runs is not None for stage in stages]) - 1
         for place, stage in enumerate(stages):
             ways = [way for way in (stage.runs, stage.skips) if way is not None]
-            parts = [*ways, *(part for one in stages[place + 1 :] for part in one.parts)]
+            parts = [*ways, *(part for one in stages[place + 1 :] for part in one.parts if part is not one.alone)]
             self._later.append({port.name for part in parts for port in part.inputs} - {OBSERVATION})
 
     def run(self, observations: np.ndarray, told: Served) -> None:

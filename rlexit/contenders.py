@@ -200,6 +200,8 @@ def _served(entries: Sequence[Entry], rows: np.ndarray, runtime: str, threads: i
     found: dict[Key, Decide] = {}
     # An export has the stages of its exit policy, so that of the mix comes first.
     for one in sorted(entries, key=lambda one: not one.mix):
+        if one.network.reuse is not None:
+            raise Absent(f"{one.method} may repeat its last answer: a row by itself says nothing about its steps")
         if id(one.network) not in servers:
             try:
                 server = server_of(one.network, one.policy, checked, threads, runtime)

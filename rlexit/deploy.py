@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.table import Table
-from torch import Tensor
 
 from rlexit import checkpoint
 from rlexit.bench import Contender, Dot, Timing, measure, mixed
@@ -27,7 +26,9 @@ from rlexit.domain import Publisher
 from rlexit.evaluate import method_name
 from rlexit.exit_policy import ExitPolicy
 from rlexit.export import export, need
+from rlexit.exported import BRANCHES
 from rlexit.graphs import ExportError
+from rlexit.heldout import held_out
 from rlexit.machine import describe
 from rlexit.network import StagedNetwork
 from rlexit.registry import unknown
@@ -116,18 +117,23 @@ def export_method(session: Session, method: str, kind: str, label: str | None, t
         "protocol": session.domain.protocol(),
         "weights": {"teacher": weights_hash(session.teacher, TEACHER), "exits": name},
     }
-    rows = _rows(session, network, policy, count)
+    rows = held_out(session, network, policy, count)
     manifest = export(network, policy, rows, target, kind, facts)
     out, parity = session.console, manifest["parity"]
     for entry in manifest["stages"]:
-        out.print(f"export     {entry['file']:<14} {entry['bytes'] / 1e6:6.2f} MB")
+        parts = [entry, *(entry[name] for name in BRANCHES if name in entry)]
+        size = sum(part["bytes"] for part in parts) / 1e6
+        gate = f", then the gate of {entry['gate']}" if "gate" in entry else ""
+        out.print(f"export     {entry['file']:<14} {size:6.2f} MB{gate}")
     cost = ", ".join(f"exit {exit} {share:.3f}" for exit, share in manifest["relative_macs"].items())
     out.print(f"export     relative_macs: {cost}")
     out.print(
         f"parity     {parity['rows']} held-out rows: {parity['actions']} other actions, {parity['exits']} other exits"
         f" (at most {parity['furthest']:.1e} from the threshold), probabilities within {parity['answers']:.1e}"
     )
-    if parity["rows"] < count:
+    if network.gates or network.reuse is not None:
+        out.print(f"parity     {parity['gates']} with other gates, {parity['macs']} at another cost")
+    if network.reuse is None and parity["rows"] < count:
         out.print(f"parity     fewer rows than the {count} asked for: there are no more of them")
     return target
 
@@ -146,19 +152,6 @@ def _publish(session: Session, to: Path | None) -> Path:
 
 def _file_name(label: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.=-]+", "_", label).strip(".") or "policy"
-
-
-def _rows(session: Session, network: StagedNetwork, policy: ExitPolicy, count: int) -> Tensor:
-    """Held-out rows met under a policy; if its games are over too soon, others of the full network."""
-    with session.watch("held-out", "rows") as watch:
-        rows = session.domain.rows(network, policy, count, watch)
-        if len(rows) < count:
-            more = session.domain.rows(network, ExitPolicy.full(network.exits), count - len(rows), watch)
-            # A domain whose held-out rows are a fixed set has no others.
-            known = {hash(row.numpy().tobytes()) for row in rows}
-            fresh = [row for row in more if hash(row.numpy().tobytes()) not in known]
-            rows = torch.cat([rows, torch.stack(fresh)[: count - len(rows)]]) if fresh else rows
-    return rows
 
 
 # ---- bench ----
@@ -199,7 +192,9 @@ def bench(
             raise unknown("--runtimes", name, RUNTIMES)
     network, policy = subject(session, method, label)
     hold(session.root)
-    held = _rows(session, network, policy, max((HELD_OUT, *batches)))
+    held = held_out(session, network, policy, max((HELD_OUT, *batches)))
+    if network.reuse is not None:  # a row is timed by itself, as one that computes
+        held = held.flatten(0, 1)
     left = np.concatenate([run(network, policy, part).exits.numpy() for part in held.split(256)])
     shares, source = _recorded_mix(session, method, policy)
     if not shares:

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from rlexit.costs import cost_table, part_macs
 from rlexit.exit_policy import ExitPolicy
 from rlexit.gatelogits import runs_always
 from rlexit.graphs import ExportError, Graph, Port, Traced, recall_graphs, stage_graphs
-from rlexit.nested import nested_graph
+from rlexit.nested import nested_graph, segment_graphs
 from rlexit.network import StagedNetwork
 from rlexit.parity import Parity, compare
 from rlexit.runfolder import environment
@@ -64,6 +64,8 @@ def export(
     example = _example(network, rows)
     made = _graphs(network, policy, example)
     if kind == "onnx-if":
+        if made[1]:
+            raise ExportError("`--format` onnx-if is for networks that compute every answer. Use --format onnx.")
         nested = nested_graph(made[0], policy, network.outputs)
         files = {"policy": nested.data}
     else:
@@ -126,6 +128,8 @@ Graphs = tuple[list[Graph], dict[str, Traced], dict[str, int]]
 def _graphs(network: StagedNetwork, policy: ExitPolicy, example: Tensor) -> Graphs:
     """Stages, what is asked before them, and the multiply-adds of every graph by the name of its file."""
     graphs, recall = stage_graphs(network, policy, example), recall_graphs(network, example)
+    for number, single in segment_graphs(graphs).items():
+        graphs[number] = replace(graphs[number], branches={**graphs[number].branches, "alone": single})
     costs = part_macs(network, example)
     macs = {f"recall_{name}": costs["reuse"] if name == "asks" else 0 for name in recall}
     for number, graph in enumerate(graphs):
@@ -140,7 +144,8 @@ def _graphs(network: StagedNetwork, policy: ExitPolicy, example: Tensor) -> Grap
             "runs": f"units.{plan.gated}",
             "skips": f"skips.{plan.gated}",
         }
-        macs |= {f"{name}_{way}": costs[told[way]] for way in graph.branches}
+        # What a row costs that goes alone depends on its way: nobody adds that up.
+        macs |= {f"{name}_{way}": costs[told[way]] if way in told else 0 for way in graph.branches}
     return graphs, recall, macs
 
 

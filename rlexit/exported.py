@@ -19,7 +19,7 @@ from typing import Any
 
 # 1: frames were converted inside the graph. 2: every stage ended at an exit, and its multiply-adds were in `macs` only.
 SCHEMA_VERSION = 3
-BRANCHES = ("head", "runs", "skips")
+BRANCHES = ("head", "runs", "skips", "alone")
 MANIFEST = "manifest.json"
 FORMATS = ("onnx", "onnx-if")
 MAX_MANIFEST_BYTES = 1 << 20
@@ -110,7 +110,7 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
         raise ValueError("thresholds")
     _check_port({"name": "observation", **manifest["observation"]})
     nested = manifest["format"] == "onnx-if"
-    previous = -1
+    previous, follows = -1, False
     for number, entry in enumerate(stages):
         last = number == len(stages) - 1
         _check_part(entry)
@@ -119,12 +119,14 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
             _check_part(entry[name])
         gated = "runs" in ways
         in_order = exit == -1 if nested or gated else previous < exit < exits and last == (exit == exits - 1)
-        if type(exit) is not int or not in_order or (last and ways) or (gated and "head" in ways):
+        allowed = {"runs", "skips"} if gated else {"alone"} if last else {"alone", "head"}
+        if type(exit) is not int or not in_order or not ways <= allowed:
             raise ValueError("exit")
-        if "skips" in ways and not gated:
-            raise ValueError("skips")
         if gated:
             _check_ways(entry)
+        elif follows != ("alone" in ways):
+            raise ValueError("alone")
+        follows = gated
         previous = max(previous, exit)
         names = {port["name"] for port in entry["outputs"]}
         answered = entry["head"]["outputs"] if "head" in ways else entry["outputs"]
@@ -133,6 +135,8 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
             raise ValueError("outputs")
         if not gated and [port["shape"] for port in answered if port["name"] == "answer"] != [[outputs]]:
             raise ValueError("answer")
+        if "alone" in ways and not wanted <= {port["name"] for port in entry["alone"]["outputs"]}:
+            raise ValueError("alone")
     if nested and any(type(macs) is not int for macs in manifest["macs"].values()):
         raise ValueError("macs")
     if manifest.get("reuse") is not None:

@@ -19,11 +19,11 @@ from rlexit.gates.policy_net import PolicyNetGate, ToldGate
 from rlexit.network import StagedNetwork
 
 # What a config calls the gates that no graph can ask.
-OTHERS = {
-    KIND: CompositeGate,
+OTHERS: dict[str, tuple[type[nn.Module], ...]] = {
+    KIND: (CompositeGate,),
     "random": (HashGate, RandomGate),
     "policy_net": (PolicyNetGate, ToldGate),
-    "a channel gate": ChannelGate,
+    "a channel gate": (ChannelGate,),
 }
 
 

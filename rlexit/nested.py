@@ -1,15 +1,161 @@
-"""All stages of an export in one graph for one row, for runtimes that take only one: an `If` after each holds the next."""
+"""Several graphs of an export in one, for one row: what may not be run stands in a branch of an `If`.
+
+One call of a runtime costs more than a small gate, and every graph that is opened by itself has memory of its own, which the
+caches then have to hold. So single decisions take one graph from exit to exit, gated units in its branches
+(`segment_graphs`); runtimes that take only one graph get all stages in one, each inside the one before (`nested_graph`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from rlexit.exit_policy import ExitPolicy
-from rlexit.graphs import ANSWER, SCORE, Graph, Port, Traced
+from rlexit.graphs import ANSWER, LOGIT, SCORE, Graph, Port, Traced
 from rlexit.stageplans import ExportError
+
+Name = Callable[[str], str]
+
+
+def _parsed(data: bytes) -> Any:
+    import onnx
+
+    return onnx.load_from_string(data)
+
+
+def _copied(model: Any, prefix: str, named: Name) -> tuple[list[Any], list[Any]]:
+    """Nodes and tensors of a model, renamed."""
+    import onnx
+
+    nodes, tensors = [], []
+    for node in model.graph.node:
+        copied = onnx.NodeProto()
+        copied.CopyFrom(node)
+        copied.input[:], copied.output[:] = map(named, node.input), map(named, node.output)
+        copied.name = prefix + node.name
+        nodes.append(copied)
+    for tensor in model.graph.initializer:
+        copied = onnx.TensorProto()
+        copied.CopyFrom(tensor)
+        copied.name = named(tensor.name)
+        tensors.append(copied)
+    return nodes, tensors
+
+
+def _constant(name: str, value: Any) -> Any:
+    from onnx import helper, numpy_helper
+
+    return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value, name))
+
+
+def _info(name: str, port: Port) -> Any:
+    """One row of a port."""
+    from onnx import helper
+
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(port.dtype))
+    return helper.make_tensor_value_info(name, kind, [1, *port.shape])
+
+
+def _model(
+    nodes: Sequence[Any], tensors: Sequence[Any], entering: Sequence[Any], leaving: Sequence[Any], like: Any
+) -> bytes:
+    import onnx
+    from onnx import helper
+
+    graph = helper.make_graph(nodes, "rlexit", entering, leaving, tensors)
+    model = helper.make_model(graph, opset_imports=like.opset_import, ir_version=like.ir_version)
+    onnx.checker.check_model(model)
+    data: bytes = model.SerializeToString()
+    return data
+
+
+def segment_graphs(graphs: Sequence[Graph]) -> dict[int, Traced]:
+    """The stages from one exit to the next in one graph for one row, by the number of the last; those of gated stages.
+
+    Args:
+        graphs: of `stage_graphs`.
+    """
+    found: dict[int, Traced] = {}
+    begin = 0
+    for end, graph in enumerate(graphs):
+        if graph.plan.exit >= 0:
+            stages = graphs[begin : end + 1]
+            later = [
+                port.name for one in graphs[end + 1 :] for part in (one, *one.branches.values()) for port in part.inputs
+            ]
+            head = graph.branches.get("head")
+            later += [port.name for port in head.inputs] if head is not None else []
+            if len(stages) > 1:
+                found[end] = _segment(stages, set(later))
+            begin = end + 1
+    return found
+
+
+def _segment(graphs: Sequence[Graph], later: set[str]) -> Traced:
+    from onnx import helper
+
+    made = {port.name: port for graph in graphs for port in graph.outputs}
+    ports = {port.name: port for graph in graphs for part in (graph, *graph.branches.values()) for port in part.inputs}
+    ports |= made
+    # What a tensor is called now: a unit that works in place leaves another one behind.
+    now: dict[str, str] = {}
+    inputs: dict[str, Port] = {}
+    nodes: list[Any] = []
+    tensors: list[Any] = []
+
+    def take(part: Traced) -> None:
+        for port in part.inputs:
+            if port.name not in now:
+                now[port.name], inputs[port.name] = port.name, port
+
+    def branch(number: int, way: str, part: Traced | None, names: Sequence[str], told: Sequence[Port]) -> Any:
+        prefix = f"stage{number}_{way}/"
+        if part is None:
+            inner = [helper.make_node("Identity", [now[name]], [prefix + name]) for name in names]
+            return helper.make_graph(
+                inner, prefix[:-1], [], [_info(prefix + n, p) for n, p in zip(names, told, strict=True)]
+            )
+        reads = {port.name: now[port.name] for port in part.inputs}
+        inner, held = _copied(_parsed(part.data), prefix, lambda name: reads.get(name, prefix + name if name else name))
+        outputs = [_info(prefix + port.name, port) for port in part.outputs]
+        return helper.make_graph(inner, prefix[:-1], [], outputs, held)
+
+    for number, graph in enumerate(graphs):
+        take(graph)
+        prefix, reads = f"stage{number}/", {port.name: now[port.name] for port in graph.inputs}
+
+        def named(name: str, prefix: str = prefix, reads: dict[str, str] = reads) -> str:
+            return reads.get(name, prefix + name if name else name)
+
+        some, held = _copied(_parsed(graph.data), prefix, named)
+        nodes, tensors = nodes + some, tensors + held
+        now |= {port.name: prefix + port.name for port in graph.outputs}
+        runs = graph.branches.get("runs")
+        if runs is None:
+            continue
+        skips = graph.branches.get("skips")
+        for part in (runs, *([skips] if skips is not None else [])):
+            take(part)
+        names = [port.name for port in (runs.inputs if skips is None else runs.outputs)]
+        nodes.append(_constant(prefix + "nothing", np.zeros(1, dtype=np.float32)))
+        nodes.append(helper.make_node("Greater", [now[LOGIT], prefix + "nothing"], [prefix + "wanted"]))
+        ways = {
+            "then_branch": branch(number, "runs", runs, names, runs.outputs),
+            "else_branch": branch(number, "skips", skips, names, runs.outputs),
+        }
+        joined = [f"stage{number}_joined/{name}" for name in names]
+        nodes.append(helper.make_node("If", [prefix + "wanted"], joined, **ways))
+        now |= dict(zip(names, joined, strict=True))
+        ports |= {name: replace(port, name=name) for name, port in zip(names, runs.outputs, strict=True)}
+    told = [name for name in now if name in (ANSWER, SCORE) or (name in later and now[name] != name)]
+    nodes += [helper.make_node("Identity", [now[name]], [name]) for name in told]
+    outputs = tuple(ports[name] for name in told)
+    entering = [_info(port.name, port) for port in inputs.values()]
+    leaving = [_info(port.name, port) for port in outputs]
+    return Traced(tuple(inputs.values()), outputs, _model(nodes, tensors, entering, leaving, _parsed(graphs[0].data)))
 
 
 def nested_graph(graphs: Sequence[Graph], policy: ExitPolicy, outputs: int) -> Traced:
@@ -24,76 +170,49 @@ def nested_graph(graphs: Sequence[Graph], policy: ExitPolicy, outputs: int) -> T
     Raises:
         ExportError: some of the rows take another way through a stage.
     """
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
+    from onnx import helper
 
     if any(graph.branches for graph in graphs):
         raise ExportError(
-            "`--format` onnx-if is for networks whose every row runs every unit, got gates. Use --format onnx."
+            "`--format` onnx-if is for networks whose rows all run the same, got gates. Use --format onnx."
         )
-    models = [onnx.load_from_string(graph.data) for graph in graphs]
+    models = [_parsed(graph.data) for graph in graphs]
+    told = (Port(ANSWER, (outputs,), "float32"), Port("exit", (), "int64"))
 
-    def named_ports(stage: int) -> list[Any]:
-        shapes = (("answer", TensorProto.FLOAT, [1, outputs]), ("exit", TensorProto.INT64, [1]))
-        return [helper.make_tensor_value_info(f"{name}_{stage}", kind, shape) for name, kind, shape in shapes]
-
-    def constant(name: str, value: Any) -> Any:
-        return helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value, name))
+    def told_by(stage: int, suffix: str = "") -> list[Any]:
+        return [_info(f"{port.name}_{stage}{suffix}", port) for port in told]
 
     def part(stage: int) -> tuple[list[Any], list[Any]]:
         """Nodes and tensors from a stage to the end; what they find is `answer_<stage>` and `exit_<stage>`."""
-        plan, graph = graphs[stage].plan, models[stage].graph
-        prefix = f"stage{stage}/"
+        plan, prefix = graphs[stage].plan, f"stage{stage}/"
         shared = {port.name for one in graphs for port in (*one.inputs, *one.outputs)} - {ANSWER, SCORE}
 
         def named(name: str) -> str:
             return name if name in shared or not name else prefix + name
 
-        nodes, tensors = [], []
-        for node in graph.node:
-            copied = onnx.NodeProto()
-            copied.CopyFrom(node)
-            copied.input[:], copied.output[:] = map(named, node.input), map(named, node.output)
-            copied.name = prefix + node.name
-            nodes.append(copied)
-        for tensor in graph.initializer:
-            copied = onnx.TensorProto()
-            copied.CopyFrom(tensor)
-            copied.name = named(tensor.name)
-            tensors.append(copied)
+        nodes, tensors = _copied(models[stage], prefix, named)
         answer, exit = named(ANSWER), np.array([plan.exit], dtype=np.int64)
         if plan.last:
-            nodes += [helper.make_node("Identity", [answer], [f"answer_{stage}"]), constant(f"exit_{stage}", exit)]
+            nodes += [helper.make_node("Identity", [answer], [f"answer_{stage}"]), _constant(f"exit_{stage}", exit)]
             return nodes, tensors
         threshold = np.array([policy.thresholds[plan.exit]], dtype=np.float32)
-        nodes.append(constant(prefix + "threshold", threshold))
+        nodes.append(_constant(prefix + "threshold", threshold))
         nodes.append(helper.make_node("Greater", [named(SCORE), prefix + "threshold"], [prefix + "leaves"]))
         stay = [
             helper.make_node("Identity", [answer], [f"answer_{stage}_here"]),
-            constant(f"exit_{stage}_here", exit),
+            _constant(f"exit_{stage}_here", exit),
         ]
-        here = named_ports(stage)
-        for value in here:
-            value.name += "_here"
         later, theirs = part(stage + 1)
         branches = {
-            "then_branch": helper.make_graph(stay, f"leave{stage}", [], here),
-            "else_branch": helper.make_graph(later, f"stage{stage + 1}", [], named_ports(stage + 1), theirs),
+            "then_branch": helper.make_graph(stay, f"leave{stage}", [], told_by(stage, "_here")),
+            "else_branch": helper.make_graph(later, f"stage{stage + 1}", [], told_by(stage + 1), theirs),
         }
         names = [f"answer_{stage}", f"exit_{stage}"]
         nodes.append(helper.make_node("If", [prefix + "leaves"], names, **branches))
         return nodes, tensors
 
     nodes, tensors = part(0)
-    nodes += [helper.make_node("Identity", [f"{name}_0"], [name]) for name in (ANSWER, "exit")]
-    port = graphs[0].inputs[0]
-    kind = helper.np_dtype_to_tensor_dtype(np.dtype(port.dtype))
-    entering = [helper.make_tensor_value_info(port.name, kind, [1, *port.shape])]
-    leaving = named_ports(0)
-    for value, name in zip(leaving, (ANSWER, "exit"), strict=True):
-        value.name = name
-    graph = helper.make_graph(nodes, "rlexit", entering, leaving, tensors)
-    model = helper.make_model(graph, opset_imports=models[0].opset_import, ir_version=models[0].ir_version)
-    onnx.checker.check_model(model)
-    told = (Port(ANSWER, (outputs,), "float32"), Port("exit", (), "int64"))
-    return Traced(graphs[0].inputs, told, model.SerializeToString())
+    nodes += [helper.make_node("Identity", [f"{port.name}_0"], [port.name]) for port in told]
+    entering = [_info(port.name, port) for port in graphs[0].inputs]
+    leaving = [_info(port.name, port) for port in told]
+    return Traced(graphs[0].inputs, told, _model(nodes, tensors, entering, leaving, models[0]))

@@ -22,7 +22,7 @@ from tests.rlexit.served import counted
 from tests.rlexit.test_serve import reseal
 from tests.rlexit.toys import CHANNELS, EXITS, MAP, parting, residual, scatter
 
-pytest.importorskip("onnx", reason="the extra `export` is not installed")
+onnx = pytest.importorskip("onnx", reason="the extra `export` is not installed")
 pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
 
 SEED = 7
@@ -98,16 +98,32 @@ def test_a_unit_that_a_row_skips_is_not_run(monkeypatch):
     server = server_of(network, policy, ROWS)
     for row, observation in enumerate(ROWS.numpy()):
         calls.clear()
-        server.act(observation)
         told = server.run(observation[None])
         assert told.exits[0] == run(network, policy, ROWS).exits[row]
         gates = [stage for stage in server.stages if stage.runs is not None]
         for stage, decision in zip(gates, told.decisions[0].tolist(), strict=True):
-            # Twice: alone, and as a batch of one.
-            assert calls[stage.runs.data] == 2 * (decision == 1)
-            assert calls[stage.part.data] == 2 * (decision >= 0)
+            assert calls[stage.runs.data] == (decision == 1)
+            assert calls[stage.part.data] == (decision >= 0)
             if stage.skips is not None:
-                assert calls[stage.skips.data] == 2 * (decision == 0)
+                assert calls[stage.skips.data] == (decision == 0)
+
+
+def test_a_row_that_goes_alone_takes_one_graph_from_exit_to_exit_with_gated_units_in_branches(monkeypatch):
+    calls = counted(monkeypatch)
+    network = gated("lstm")
+    server = server_of(network, parting(network, ROWS), ROWS)
+    calls.clear()
+    exits = [server.act(observation).exit for observation in ROWS.numpy()]
+    leads = [stage.alone or stage.part for stage in server.stages if stage.runs is None]
+    assert [calls[part.data] for part in leads] == [sum(exit >= before for exit in exits) for before in range(EXITS)]
+    assert sum(calls.values()) == sum(calls[part.data] for part in leads)
+    for part in leads:
+        nodes = onnx.load_from_string(part.data).graph.node
+        ways = [way.g for node in nodes if node.op_type == "If" for way in node.attribute]
+        assert len(ways) == 2
+        assert sorted(sum(node.op_type == "Conv" for node in way.node) for way in ways) in ([0, 2], [1, 3])
+        # Outside of the branches nothing is convolved but by the stem.
+        assert sum(node.op_type == "Conv" for node in nodes) == (part is leads[0])
 
 
 def test_a_plain_shortcut_needs_no_graph_and_one_with_weights_has_one():
@@ -170,6 +186,8 @@ def test_one_nested_graph_cannot_skip(tmp_path):
         lambda stages: stages[0]["runs"].update(file="../runs.onnx"),
         lambda stages: stages[0]["outputs"].pop(),
         lambda stages: stages[-1].update(runs=stages[0]["runs"]),
+        lambda stages: stages[-1].pop("alone"),
+        lambda stages: stages[-1]["alone"]["outputs"][0].update(name="else"),
         lambda stages: stages[1].update(head=stages[0]["runs"]),
         lambda stages: stages[0]["runs"].update(macs=math.inf),
     ],

@@ -10,7 +10,6 @@ from torch import nn
 
 from rlexit.exit_policy import ExitPolicy
 from rlexit.gates.leave import LeaveGate
-from rlexit.graphs import ExportError, plan_stages
 from rlexit.macs import macs_per_row
 from rlexit.network import StagedNetwork
 from rlexit.runtime import replay, run
@@ -207,11 +206,6 @@ def test_a_leave_gate_may_be_any_module_with_one_logit_per_row():
     network.set_leave_gates({"conv0": gate})
     result = run(network, ExitPolicy("learned", (0.5, math.inf)), TOYS["cascade"].inputs(7))
     assert len(result.leaving) == 1
-
-
-def test_the_learned_rule_is_not_exported():
-    with pytest.raises(ExportError, match="`rule` must score answers to be exported, got 'learned'"):
-        plan_stages(plain(), LEARNED)
 
 
 def test_a_score_without_a_gate_is_an_error_of_order():

@@ -5,10 +5,8 @@ import torch
 
 from rlexit.costs import cost_table
 from rlexit.exit_policy import ExitPolicy
-from rlexit.export import ExportError
 from rlexit.gates.leave import LeaveGate
 from rlexit.gates.reuse import ReuseGate, forget
-from rlexit.graphs import check_exportable
 from rlexit.macs import macs_per_row
 from rlexit.runtime import replay, run
 from tests.rlexit.toys import EXITS, MAP, OUTPUTS, TOYS, parting, watched
@@ -156,8 +154,3 @@ def test_an_empty_batch_repeats_nothing():
 def test_a_run_length_of_nothing_is_refused():
     with pytest.raises(ValueError, match="`max_reuse` must be at least 1, got 0"):
         ReuseGate(OUTPUTS, 0)
-
-
-def test_a_network_that_repeats_is_not_exported():
-    with pytest.raises(ExportError, match="keep nothing between env steps"):
-        check_exportable(repeating())

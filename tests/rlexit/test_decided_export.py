@@ -1,0 +1,209 @@
+"""Refined policies, exported: leave gates, and answers that are repeated from step to step."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from rlexit import serve
+from rlexit.config import GateConfig
+from rlexit.exit_policy import ExitPolicy
+from rlexit.export import ExportError, compare, export, server_of
+from rlexit.gates.leave import LeaveGate
+from rlexit.gates.reuse import ReuseGate, forget
+from rlexit.graphs import plan_stages, stage_graphs
+from rlexit.runtime import run
+from tests.rlexit.served import counted
+from tests.rlexit.test_leave import LEARNED, leaving, plain
+from tests.rlexit.test_reuse import repeating
+from tests.rlexit.test_serve import reseal
+from tests.rlexit.toys import EXITS, MAP, OUTPUTS, TOYS, parting, residual, scatter
+
+pytest.importorskip("onnx", reason="the extra `export` is not installed")
+pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
+
+ROWS = TOYS["skips"].inputs(32)
+GAMES = 6
+STEPS = torch.stack([TOYS["cascade"].inputs(32, seed)[:GAMES] for seed in range(12)])
+
+
+# ---- leave gates ----
+
+
+@pytest.mark.parametrize("build", [plain, leaving])
+def test_the_learned_rule_is_served_as_it_runs(tmp_path, build):
+    network = build()
+    manifest = export(network, LEARNED, ROWS, tmp_path / "export", "onnx", {})
+    assert {manifest["parity"][name] for name in ("actions", "exits", "macs", "unexplained")} == {0}
+    wanted, got = run(network, LEARNED, ROWS), serve.load(tmp_path / "export").run(ROWS.numpy())
+    assert len(set(got.exits.tolist())) == EXITS
+    np.testing.assert_array_equal(got.exits, wanted.exits.numpy())
+    np.testing.assert_array_equal(got.macs, wanted.macs.numpy())
+    np.testing.assert_allclose(got.scores, wanted.scores.numpy(), atol=1e-4)
+
+
+def test_a_head_runs_for_rows_that_leave_and_for_no_others(monkeypatch):
+    calls = counted(monkeypatch)
+    network = plain()
+    server = server_of(network, LEARNED, ROWS)
+    exits = run(network, LEARNED, ROWS).exits.tolist()
+    calls.clear()
+    assert [server.act(row).exit for row in ROWS.numpy()] == exits
+    heads = [stage.head for stage in server.stages if stage.head is not None]
+    assert [calls[head.data] for head in heads] == [exits.count(exit) for exit in range(EXITS - 1)]
+
+
+def test_a_head_that_a_later_one_reads_is_built_for_all():
+    plans = plan_stages(leaving(), LEARNED)
+    assert [(plan.exits, plan.apart) for plan in plans] == [((0,), False), ((), True), ((2,), False)]
+
+
+def test_a_learned_exit_that_asks_nobody_is_refused():
+    with pytest.raises(ExportError, match="`thresholds` of the rule learned must be above -inf .* got -inf at conv0"):
+        plan_stages(plain(), ExitPolicy("learned", (-math.inf, 0.5)))
+    network = plain()
+    network.set_leave_gates({"conv0": network.leave_gates["conv0"]})
+    with pytest.raises(ExportError, match="`leave_gates` must have exit 'conv1'"):
+        plan_stages(network, LEARNED)
+
+
+def test_a_pooled_leave_gate_is_said_in_windows_where_its_map_is_no_multiple():
+    network = TOYS["cascade"].network()
+    network.set_leave_gates({name: LeaveGate.pooled(MAP, pool=3, hidden=8) for name in network.exit_names[:-1]})
+    assert server_of(network, LEARNED, ROWS).exits == EXITS
+
+
+# ---- repeated answers ----
+
+
+@pytest.mark.parametrize("rule", ["confidence", "learned"])
+def test_a_policy_that_repeats_answers_is_served_step_by_step(tmp_path, rule):
+    network = repeating()
+    if rule == "learned":
+        network.set_leave_gates({name: LeaveGate.pooled(MAP, hidden=8) for name in network.exit_names[:-1]})
+    policy = LEARNED if rule == "learned" else parting(network, STEPS[0], rule)
+    manifest = export(network, policy, STEPS, tmp_path / "export", "onnx", {})
+    assert manifest["parity"]["rows"] == STEPS.shape[0] * GAMES
+    assert {manifest["parity"][name] for name in ("actions", "exits", "macs", "unexplained")} == {0}
+    server, memory, outcomes = serve.load(tmp_path / "export", threads=2), None, set()
+    for number, step in enumerate(STEPS):
+        if number == 7:  # two games begin anew
+            server.reset([1, 4])
+            memory = forget(memory, torch.tensor([1, 4]))
+        wanted, got = run(network, policy, step, memory=memory), server.run(step.numpy())
+        memory = wanted.memory
+        outcomes |= set(got.exits.tolist())
+        np.testing.assert_array_equal(got.exits, wanted.exits.numpy())
+        np.testing.assert_array_equal(got.macs, wanted.macs.numpy())
+        np.testing.assert_allclose(got.answers, wanted.answers.numpy(), atol=1e-4, rtol=1e-4)
+    assert EXITS in outcomes
+    assert len(outcomes) > 1
+
+
+def test_one_game_is_told_what_it_is_told_among_others():
+    network = repeating()
+    policy = parting(network, STEPS[0])
+    server = server_of(network, policy, STEPS)
+    together = [server.act(step.numpy()) for step in STEPS]
+    for game in range(GAMES):
+        server.reset()
+        for step, all_acts in zip(STEPS, together, strict=True):
+            action, exit, confidence = server.act(step[game].numpy())
+            assert (action, exit) == (all_acts.actions[game], all_acts.exits[game])
+            assert confidence == pytest.approx(all_acts.confidences[game], abs=1e-5)
+
+
+def test_no_graph_but_the_gate_runs_for_a_row_that_repeats(monkeypatch):
+    calls = counted(monkeypatch)
+    network = repeating(limit=2, bias=-50.0)
+    server = server_of(network, ExitPolicy.always(0, EXITS), STEPS)
+    calls.clear()
+    exits = [server.act(step[0].numpy()).exit for step in STEPS[:6]]
+    assert exits == [0, EXITS, EXITS, 0, EXITS, EXITS]
+    assert calls[server.stages[0].part.data] == 2
+    assert server.reuse is not None
+    assert (calls[server.reuse.asks.data], calls[server.reuse.looks.data]) == (4, 2)
+
+
+def test_a_reset_begins_a_new_game():
+    network = repeating(bias=-50.0)
+    server = server_of(network, ExitPolicy.always(0, EXITS), STEPS)
+    frame = STEPS[0, 0].numpy()
+    assert [server.act(frame).exit for _ in range(2)] == [0, EXITS]
+    server.reset()
+    assert server.act(frame).exit == 0
+    server.reset([0])
+    assert server.act(frame).exit == 0
+
+
+def test_rows_are_the_environments_of_the_step_before_until_a_reset():
+    server = server_of(repeating(), ExitPolicy.full(EXITS), STEPS)
+    server.act(STEPS[0].numpy())
+    for wrong in (STEPS[0, :3].numpy(), STEPS[0, 0].numpy()):
+        with pytest.raises(
+            serve.ServeError, match=f"must have the {GAMES} rows of the step before, got [13]. Call reset"
+        ):
+            server.act(wrong)
+    with pytest.raises(serve.ServeError, match=f"`rows` must be of the {GAMES} environments"):
+        server.reset([GAMES])
+    server.reset()
+    assert len(server.act(STEPS[0, :3].numpy()).actions) == 3
+
+
+def test_an_export_that_repeats_otherwise_is_noticed():
+    network, other = repeating(), repeating(bias=-50.0)
+    policy = parting(network, STEPS[0])
+    found = compare(other, policy, server_of(network, policy, STEPS), STEPS)
+    assert found.exits > 0
+    assert not found.holds
+
+
+def test_skipping_leaving_and_repeating_go_together():
+    torch.manual_seed(7)
+    network = residual("none", GateConfig("lstm", bias=0.0))
+    scatter(network)
+    shapes = [tuple(features.shape[1:]) for features in network.taps(ROWS)]
+    gates = {name: LeaveGate.pooled(shape) for name, shape in zip(network.exit_names[:-1], shapes, strict=False)}
+    network.set_leave_gates(gates)
+    network.reuse = ReuseGate(OUTPUTS, 2, side=4, hidden=8, bias=0.0)
+    steps = torch.stack([TOYS["skips"].inputs(32, seed)[:GAMES] for seed in range(6)])
+    limits = tuple(network_scores.median().item() for network_scores in _scores(network, steps[0]))
+    server = server_of(network.eval(), ExitPolicy("learned", limits), steps)
+    assert compare(network, ExitPolicy("learned", limits), server, steps).holds
+
+
+def _scores(network, rows):
+    return run(network, ExitPolicy("learned", (1e30,) * (EXITS - 1)), rows).scores[:, :-1].unbind(dim=1)
+
+
+def test_one_nested_graph_cannot_repeat(tmp_path):
+    with pytest.raises(ExportError, match="`--format` onnx-if is for"):
+        export(repeating(), ExitPolicy.full(EXITS), STEPS, tmp_path / "export", "onnx-if", {})
+
+
+def test_a_leave_gate_is_part_of_what_is_traced():
+    names = [port.name for graph in stage_graphs(plain(), LEARNED, ROWS[:1]) for port in graph.outputs]
+    assert names == ["features_0_0", "score", "features_1_0", "score", "answer"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda reuse: reuse.update(limit=0),
+        lambda reuse: reuse.update(limit=True),
+        lambda reuse: reuse["asks"]["inputs"].pop(),
+        lambda reuse: reuse["looks"]["outputs"][0].update(shape=[3]),
+        lambda reuse: reuse["asks"].update(file="../asks.onnx"),
+    ],
+)
+def test_a_memory_that_claims_nonsense_is_refused(tmp_path, change):
+    folder = tmp_path / "export"
+    export(repeating(), ExitPolicy.always(0, EXITS), STEPS, folder, "onnx", {})
+    assert json.loads((folder / "manifest.json").read_bytes())["reuse"]["limit"] == 3
+    reseal(folder, lambda manifest: change(manifest["reuse"]))
+    with pytest.raises(serve.ServeError, match="no manifest of an export"):
+        serve.load(folder)
