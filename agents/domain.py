@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -55,6 +56,7 @@ class AgentsDomain:
     """One Atari game and its config; implements `rlexit.domain.Domain`."""
 
     metric = "score"
+    device = "cpu"
 
     def __init__(self, config: AgentsConfig) -> None:
         envs.rom_md5(config.env.game)
@@ -99,6 +101,7 @@ class AgentsDomain:
             self.config.env,
             self.config.train,
             seed,
+            device=self.device,
             extractor=self.backbone.extractor,
             stop=watch.stop,
             progress=lambda step, facts: watch.progress(step, total, facts),
@@ -201,7 +204,9 @@ class AgentsDomain:
         if network is None:
             decide, exits = rollouts.at_random(self.actions), 1
         else:
-            decide, exits = rollouts.exiting(network, policies, settings.execution), rollouts.outcomes(network)
+            # A copy: what else is asked of the network is asked on the CPU.
+            there = network if self.device == "cpu" else copy.deepcopy(network).to(self.device)
+            decide, exits = rollouts.exiting(there, policies, settings.execution), rollouts.outcomes(network)
         return rollouts.play(
             self.config.env,
             decide,

@@ -48,21 +48,27 @@ def console() -> Console:
 
 def work(verb: str, options: argparse.Namespace, config: CoreConfig, place: Place, seeds: Sequence[int]) -> int:
     """Does a verb of one run for every seed; a signal ends it at a safe point with the way to go on."""
+    from rlexit.domain import Placed
     from rlexit.interrupts import Stopped, stop_on_signals
-    from rlexit.machine import settle
+    from rlexit.machine import device, settle
     from rlexit.session import Session
 
     settle(options.threads)
+    place_of_work = device(getattr(options, "device", "cpu"))
     if verb == "train" and len(seeds) > 1:
         raise ValueError("`--seeds` of train must be one: all seeds of a run share its teacher. Use another --out.")
     out = console()
     domain: Domain = import_module(f"{config.domain}.domain").domain(config)
+    if isinstance(domain, Placed):
+        domain.device = place_of_work
+    elif place_of_work != "cpu":
+        raise ValueError(f"`--device` must be cpu for {domain.task}, got {place_of_work}.")
     methods = place.methods or config.methods
     _prove(domain, verb, methods)
     with stop_on_signals() as stop:
         # The teacher belongs to all seeds: only the first one may start it over.
         sessions = [
-            Session(domain, place.root, seed, out, stop, options.force, methods, first=index == 0)
+            Session(domain, place.root, seed, out, stop, options.force, methods, index == 0, place_of_work)
             for index, seed in enumerate(seeds)
         ]
         try:

@@ -216,14 +216,15 @@ class Distiller:
 
         Where labels are known nobody acts, so no head is run and the answers are the teacher's.
         """
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.config.frozen_precision == "bf16"):
+        place = next(self.student.parameters()).device
+        with torch.autocast(place.type, torch.bfloat16, enabled=self.config.frozen_precision == "bf16"):
             features, teacher = self.student.observe(inputs)
         teacher = teacher.float()
         self.buffer.features.append(features)
         self.buffer.teacher.append(teacher)
         if labels is not None:
-            self.buffer.labels.append(labels)
-            return teacher
+            self.buffer.labels.append(labels.to(place))
+            return teacher.cpu()
         early = self._answers(features)
         if self._in_ensemble_stage:
             early = self.student.ensemble.combine_all(self._ensembled(early, teacher))[:, : early.shape[1]]
@@ -232,7 +233,7 @@ class Distiller:
         drawn = torch.randint(answers.shape[1], (len(answers),), generator=self.generator).to(answers.device)
         if self.config.reference:
             rows = torch.zeros_like(rows)
-        return answers[rows, drawn]
+        return answers[rows.to(place), drawn].cpu()  # games are played there
 
     def _answers(self, features: list[Tensor]) -> Tensor:
         """Log-probabilities of the early exits, in the precision that the features are kept in."""

@@ -253,6 +253,16 @@ class Dissecting(Protocol):
 
 
 @runtime_checkable
+class Placed(Protocol):
+    """A domain whose teachers learn and whose networks play where it is told; everything else stays on the CPU.
+
+    `device` is torch's name of the place.
+    """
+
+    device: str
+
+
+@runtime_checkable
 class Looping(Protocol):
     """A domain whose actions lead to what is observed next, so that its loop of deciding and acting can be timed whole."""
 

@@ -29,6 +29,10 @@ def distill(session: Session, *methods: str) -> None:
     config = session.domain.config.distill
     for method in methods:
         if METHODS[method].gates:
+            if session.device != "cpu":
+                raise ValueError(
+                    f"`--device` must be cpu for methods whose gates learn, got {session.device}: {method}."
+                )
             learn_gates(session, method)
     opened = [method for method in methods if not METHODS[method].gates and _opened(session, method)]
     shared: list[str] = []
@@ -74,6 +78,7 @@ def _distill_alone(session: Session, method: str) -> None:
     else:
         teacher = plain_teacher(session)
         student = JointStudent(networks[""], teacher, config.backbone_share)
+    student.to(session.device)
     with session.watch(f"distill {method}", "samples") as watch:
         batches = session.domain.batches(session.seed)
         facts = Distiller(student, batches, config, folder, session.seed, watch.stop, watch.progress).run()
@@ -85,6 +90,8 @@ def _distill_shared(session: Session, methods: Sequence[str]) -> None:
     if not isinstance(session.domain, Labelled):
         raise TypeError(f"`{session.domain.task}` must be of a domain with labels.")
     networks = {method: _drawn(session, method) for method in methods}
+    for method in methods:
+        networks[method][""].to(session.device)
     samples = partial(session.domain.samples, session.seed)
     shared = SharedSamples(samples, ExitStudent(networks[methods[0]][""]).look)
     with session.watch(f"distill {' + '.join(methods)}", "samples") as watch:

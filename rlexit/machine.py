@@ -21,6 +21,28 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def device(name: str) -> str:
+    """A device that torch can use here, by the name that was asked for.
+
+    Raises:
+        ValueError: it is none, or is not here; one line says what is.
+    """
+    import torch
+
+    if name == "cpu":
+        return name
+    kind, _, number = name.partition(":")
+    if kind != "cuda" or not (number.isdecimal() or number == "" == name.removeprefix("cuda")):
+        raise ValueError(f"`--device` must be cpu, cuda or cuda:N, got {name!r}.")
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(number or 0) >= seen:
+        advice = "Use --device cpu, or install a torch built for CUDA." if not seen else "Take one of these."
+        raise ValueError(
+            f"`--device` must be here, got {name}: torch {torch.__version__} sees {seen} of CUDA. {advice}"
+        )
+    return name
+
+
 def settle(threads: int | None = None) -> None:
     """Prepares this process for tensor work on a CPU.
 

@@ -42,6 +42,7 @@ class Session:
         force: start stages of another config over.
         methods: those of the config that are worked on.
         first: whether it is the first of several seeds; what all seeds share is started over by the first one only.
+        device: that exits are distilled on; torch's name of it.
     """
 
     domain: Domain
@@ -52,6 +53,7 @@ class Session:
     force: bool = False
     methods: tuple[str, ...] = ()
     first: bool = True
+    device: str = "cpu"
 
     @property
     def teacher(self) -> Path:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rlexit.ensembles import Ensemble
 from rlexit.network import StagedNetwork
+from rlexit.state import map_tensors
 
 # Features of every early exit, and the teacher's (B, A) log-probabilities.
 Observed = tuple[list[Tensor], Tensor]
@@ -66,7 +67,7 @@ class ExitStudent(Student):
     @torch.no_grad()
     def look(self, inputs: Any) -> Observed:
         """Passes inputs through the frozen backbone; what `observe` tells."""
-        *early, last = self.network.taps(inputs)
+        *early, last = self.network.taps(_here(self.network, inputs))
         return self.network.gather(early), self.network.head(self.network.exits - 1)(last).log_softmax(dim=-1)
 
     def logits(self, features: Sequence[Tensor]) -> Float[Tensor, "batch exits outputs"]:
@@ -100,6 +101,7 @@ class JointStudent(Student):
     @torch.no_grad()
     def observe(self, inputs: Any) -> Observed:
         """The raw inputs themselves, and the teacher's log-probabilities."""
+        inputs = _here(self.teacher, inputs)
         return [inputs], _last(self.teacher, inputs)
 
     def logits(self, features: Sequence[Tensor]) -> Float[Tensor, "batch exits outputs"]:
@@ -138,6 +140,7 @@ class StaticStudent(Student):
     @torch.no_grad()
     def observe(self, inputs: Any) -> Observed:
         """The raw inputs themselves, and the teacher's log-probabilities."""
+        inputs = _here(self.teacher, inputs)
         return [inputs], _last(self.teacher, inputs)
 
     def logits(self, features: Sequence[Tensor]) -> Float[Tensor, "batch exits outputs"]:
@@ -147,6 +150,12 @@ class StaticStudent(Student):
     def learners(self) -> nn.Module:
         """All networks whole."""
         return self.networks
+
+
+def _here(network: StagedNetwork, inputs: Any) -> Any:
+    """Inputs where a network's weights are; domains collect them on the CPU."""
+    place = next(network.parameters()).device
+    return map_tensors(lambda leaf: leaf.to(place), inputs)
 
 
 def _last(teacher: StagedNetwork, inputs: Any) -> Float[Tensor, "batch outputs"]:

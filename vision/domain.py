@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -44,6 +45,7 @@ class VisionDomain:
     """One data set and backbone with their config; implements `rlexit.domain.Domain`."""
 
     metric = "accuracy"
+    device = "cpu"
 
     def __init__(self, config: VisionConfig) -> None:
         self.config = config
@@ -108,7 +110,8 @@ class VisionDomain:
         torch.manual_seed(seed)
         stream = Stream(self.data.train, self.config.data, settings.batch_size, seed, least=2)
         held_out = self.data.evaluated("calibration")
-        train.train(folder, self._classifier(), stream, held_out, settings, seed, self._facts(), watch)
+        network = self._classifier().to(self.device)
+        train.train(folder, network, stream, held_out, settings, seed, self._facts(), watch)
 
     def accept(self, folder: Path) -> None:
         """Refuses a teacher of another backbone, of other classes, of another split or of other test images."""
@@ -280,6 +283,7 @@ class VisionDomain:
     ) -> Iterator[Played]:
         """Classifies folds of a split under exit policies of one rule; without a network, by guessing."""
         folds = self.folds(split)
+        there: StagedNetwork | None = None
         replayed: dict[int, _Replayed] = {}
         for number, (policy, episode) in enumerate(jobs):
             if watch.stop():
@@ -292,7 +296,9 @@ class VisionDomain:
                 value = float((guesses == images.labels.numpy()).mean())
                 yield Played(policy, episode, episode, value, len(images), 0, np.array([len(images)]))
             elif self.config.evaluate.execution == "real":
-                yield self._classified(network, policies[policy], images, policy, episode)
+                # A copy: what else is asked of the network is asked on the CPU.
+                there = there or (network if self.device == "cpu" else copy.deepcopy(network).to(self.device))
+                yield self._classified(there, policies[policy], images, policy, episode)
             else:
                 if episode not in replayed:
                     # Jobs come episode by episode: the last one is enough to remember.
@@ -308,10 +314,10 @@ class VisionDomain:
         exits = np.zeros(network.exits, dtype=np.int64)
         batch = self.config.evaluate.n_envs
         for pixels, labels in zip(images.pixels.split(batch), images.labels.split(batch), strict=True):
-            result = run(network, policy, pixels)
-            right += int((result.answers.argmax(dim=1) == labels).sum())
+            result = run(network, policy, pixels.to(self.device))
+            right += int((result.answers.argmax(dim=1).cpu() == labels).sum())
             macs += int(result.macs.sum())
-            exits += np.bincount(result.exits.numpy(), minlength=network.exits)
+            exits += np.bincount(result.exits.cpu().numpy(), minlength=network.exits)
         return Played(index, episode, episode, right / len(images), len(images), macs, exits)
 
 

@@ -127,6 +127,7 @@ def _step(
     network: Classifier, optimizer: torch.optim.SGD, images: Tensor, labels: Tensor, config: TrainConfig, place: _Place
 ) -> None:
     network.train()
+    images, labels = (part.to(network.mean.device) for part in (images, labels))
     with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         logits = network(images).logits[:, -1]
     losses = functional.cross_entropy(logits.float(), labels, reduction="none")
@@ -160,7 +161,10 @@ def accuracy(network: Classifier, images: Images) -> float:
     """Share of images that the network's last exit gets right; the network is in evaluation mode afterwards."""
     network.eval()
     pairs = zip(images.pixels.split(CHUNK), images.labels.split(CHUNK), strict=True)
-    right = sum(int((network(pixels).logits[:, -1].argmax(dim=1) == labels).sum()) for pixels, labels in pairs)
+    place = network.mean.device
+    right = sum(
+        int((network(pixels.to(place)).logits[:, -1].argmax(dim=1).cpu() == labels).sum()) for pixels, labels in pairs
+    )
     return right / len(images)
 
 

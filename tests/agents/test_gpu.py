@@ -7,15 +7,21 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
 from agents import rollouts, teacher
 from agents.backbones.nature import nature_network
 from agents.config import EnvConfig, PPOConfig
-from rlexit import checkpoint
+from agents.domain import domain
+from rlexit import checkpoint, verbs
 from rlexit.config import HeadConfig
+from rlexit.domain import Watch
 from rlexit.ensembles import ensembles
 from rlexit.exit_policy import ExitPolicy
+from rlexit.interrupts import StopFlag
 from rlexit.runtime import run
+from rlexit.session import Session, load_network
+from tests.agents.small_run import CONFIG
 
 PONG = EnvConfig("pong", max_frames=160)
 TINY = PPOConfig(total_steps=32, n_envs=2, n_steps=8, batch_size=16, n_epochs=1)
@@ -52,3 +58,27 @@ def test_a_network_plays_on_its_device_as_it_decides_on_the_cpu(device):
     assert {got.answers.device.type, got.exits.device.type, got.macs.device.type} == {"cpu"}
     assert torch.equal(got.exits, wanted.exits)
     torch.testing.assert_close(got.answers, wanted.answers, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_domain_trains_distills_and_plays_where_it_is_told(tmp_path, monkeypatch, device):
+    told: list[str] = []
+    original = rollouts.exiting
+
+    def exiting(network, *arguments):
+        told.append(next(network.parameters()).device.type)
+        return original(network, *arguments)
+
+    monkeypatch.setattr(rollouts, "exiting", exiting)
+    made = domain(replace(CONFIG, train=TINY))
+    made.device = device
+    session = Session(made, tmp_path / "pong", 0, Console(quiet=True), StopFlag(), device=device)
+    verbs.train(session)
+    verbs.distill(session, "ztw")
+    tensors, _ = checkpoint.load(session.method("ztw"), "policy")
+    assert {tensor.device.type for tensor in tensors.values()} == {"cpu"}
+    network = load_network(session, "ztw")[""]
+    (played,) = made.play(network, [ExitPolicy.full(3)], [(0, 0)], "test", 0, Watch())
+    assert played.decisions > 0
+    assert told == [device]
+    assert next(network.parameters()).device.type == "cpu"
