@@ -71,12 +71,12 @@ class Stage:
         Returns:
             False if it is done already and nothing is to be done.
         Raises:
-            FolderError: the folder holds this stage of another config.
+            FolderError: the folder holds this stage of another config, and something that it made.
         """
         done, started = self._note(self._done, force), self._note(self._started, force)
         for found in (done, started):
             if found and found.get("hash") != self.hash:
-                if not force:
+                if not force and (done or self._made()):
                     raise FolderError(
                         f"`{self.folder}` holds {self.name} of another config{self._difference(started)}. "
                         "Use --force to start it over, or another --out."
@@ -99,11 +99,14 @@ class Stage:
                 raise
             return {"hash": "damaged"}
 
+    def _made(self) -> list[Path]:
+        """Files of the stage, its notes apart; none where bad input ended it before it had anything to keep."""
+        return [path for pattern in self.owns for path in self.folder.glob(pattern)]
+
     def clear(self) -> None:
         """Removes what the stage left; other stages of the folder stay."""
-        made = [path for pattern in self.owns for path in self.folder.glob(pattern)]
         # The note of what was started goes last: without it a later run would go on with what is left of the files.
-        for path in (self._done, *made, self._started):
+        for path in (self._done, *self._made(), self._started):
             if path.is_dir():
                 shutil.rmtree(path)
             else:

@@ -28,12 +28,10 @@ from rlexit.dissection import (
 from rlexit.evidence import Evidence
 from rlexit.pages import Block, Bullets, Heading, Paragraph, Picture, Table
 from rlexit.rows import Record
-from rlexit.summary import SAME_MACS, TEACHER
+from rlexit.summary import FAR_BELOW, SAME_MACS, TEACHER
 
 # A difference outside of so many standard errors is one.
 SIGMAS = 1.96
-# What spends less than this share of a rival's compute says nothing about who is better there.
-FAR_BELOW = 0.9
 # Counts that differ by more are shown side by side.
 OPS_APART = 0.1
 MAX_PICTURE_BYTES = 8 << 20
@@ -247,13 +245,13 @@ def _verdict(named: str, name: str, pairs: Sequence[tuple[BudgetRow, BudgetRow]]
     count = len(pairs)
     value, fixed = (sum(pair[side].value for pair in pairs) / count for side in (0, 1))
     spent, most = (sum(pair[side].relative_macs for pair in pairs) / count for side in (0, 1))
-    if spent < FAR_BELOW * most:
-        nearest = f"the budget of {name} nearest to it spends only {tables.number(spent, 3)}"
-        return (*tables.BADGES["unknown"], f"{named}: {nearest}.")
     difference = value - fixed
     # All seeds are judged by the same rows, so their number does not make this error smaller.
     rows = pairs[0]
     error = SIGMAS * math.sqrt(sum(p * (1 - p) / row.count for p, row in zip((value, fixed), rows, strict=True)))
+    if difference <= error and spent < FAR_BELOW * most:
+        nearest = f"the budget of {name} nearest to it spends only {tables.number(spent, 3)}"
+        return (*tables.BADGES["unknown"], f"{named}: {nearest}.")
     winner = "exits" if difference > error else "static" if difference < -error else "none"
     seeds = ", ".join(_points(one.value - rival.value) for one, rival in pairs)
     text = (

@@ -21,6 +21,8 @@ from rlexit.runfolder import flatten
 
 TEACHER, RANDOM, STATIC, RANDOM_EXIT = "teacher", "random", "static", "random_exit"
 REFERENCES = (TEACHER, RANDOM, STATIC, RANDOM_EXIT)
+# Losing with less than this share of a rival's compute says nothing about who is better there; winning does.
+FAR_BELOW = 0.9
 SAME_MACS = 1.01  # "at the same compute" allows 1 % more, so that rounding a width does not decide who is compared
 
 
@@ -298,7 +300,8 @@ class Verdict:
         exits: the point of `method` with most compute within the budget, so its score did not choose it; None if none.
         difference: exits minus static, in the metric.
         probability: that exits score more, ties counting half.
-        winner: "exits", "static", "none" (the interval holds 0) or "unknown" (no interval, or no point).
+        winner: "exits", "static", "none" (the interval holds 0) or "unknown" (no interval, no point, or one that spends far
+            less and does not win).
     """
 
     static: Point
@@ -344,6 +347,10 @@ def _verdict(static: Point, method: str, rivals: Sequence[Point]) -> Verdict:
     difference = metrics.difference_interval(x, y)
     if math.isnan(difference.low):
         winner = "unknown"
+    elif difference.low > 0:
+        winner = "exits"
+    elif exits.macs_mean < FAR_BELOW * static.macs_mean:
+        winner = "unknown"
     else:
-        winner = "exits" if difference.low > 0 else "static" if difference.high < 0 else "none"
+        winner = "static" if difference.high < 0 else "none"
     return Verdict(static, method, exits, difference, metrics.probability_of_improvement(x, y), winner)

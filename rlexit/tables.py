@@ -198,7 +198,9 @@ def _verdict_item(verdict: Verdict, exits: Point) -> tuple[str, str, str]:
         f"static {values[1]}; difference {interval_text(verdict.difference, True, digits)}"
     )
     if verdict.winner == "unknown":
-        return badge, kind, f"{text}; one value on a side gives no interval."
+        alone = math.isnan(verdict.difference.low)
+        why = "one value on a side gives no interval" if alone else "it spends too little to tell who is better there"
+        return badge, kind, f"{text}; {why}."
     return badge, kind, f"{text}, P(exits score more) = {verdict.probability:.2f}."
 
 

@@ -52,7 +52,7 @@ class _Place:
 
 
 def learning_rate(config: TrainConfig, done: float) -> float:
-    """SGD's rate after a share `done` of all epochs: a tenth less at every share of `decay_at` that was passed."""
+    """SGD's rate after a share `done` of all epochs: a tenth of what it was at every share of `decay_at` that was passed."""
     return config.learning_rate * 0.1 ** sum(done >= share for share in config.decay_at)
 
 

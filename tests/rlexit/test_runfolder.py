@@ -84,6 +84,16 @@ def test_a_stage_of_another_config_is_refused_and_the_setting_named(stage, finis
     assert stage.is_done() is finished
 
 
+def test_a_stage_that_made_nothing_stands_in_nobodys_way(stage):
+    stage.begin()
+    changed = other(stage, steps=200)
+    assert changed.begin() is True
+    assert json.loads((stage.folder / "distill.run.json").read_text())["attempts"] == 1
+    work(changed)
+    with pytest.raises(FolderError, match="of another config"):
+        stage.begin()
+
+
 def test_force_starts_a_stage_of_another_config_over_and_leaves_other_stages(stage):
     stage.begin()
     work(stage)

@@ -115,6 +115,9 @@ def test_a_budget_far_below_a_rival_says_nothing_about_who_is_better(tmp_path):
     [bullets] = [block for block in blocks if isinstance(block, Bullets)]
     assert bullets.items[0][0] == "cannot tell"
     assert "spends only 0.490" in bullets.items[0][2]
+    beaten = replace(static, value=0.6)
+    [bullets] = [block for block in told([folder_of(tmp_path / "won", BUDGET, beaten)]) if isinstance(block, Bullets)]
+    assert bullets.items[0][0] == "exits win"
 
 
 def test_every_exit_has_a_line_and_every_method_its_columns(tmp_path):

@@ -217,6 +217,15 @@ def test_exits_and_static_networks_are_compared_under_one_protocol_and_way_of_ac
         assert summary.verdicts(summary.points(exits + plain("static", [5.0, 6.0], 0.5, **changes))) == []
 
 
+def test_losing_with_far_less_compute_says_nothing_and_winning_does() -> None:
+    static = plain("static", [10.0, 11.0], 0.9)
+    assert verdict(episodes([1.0, 2.0]) + static).winner == "unknown"
+    assert verdict(episodes([10.0, 11.0]) + static).winner == "unknown"
+    assert verdict(episodes([18.0, 19.0]) + static).winner == "exits"
+    nearer = episodes([1.0, 2.0], macs_mean=0.85 * 8e6, relative_macs=0.85)
+    assert verdict(nearer + static).winner == "static"
+
+
 def test_with_several_seeds_a_verdict_is_over_seeds() -> None:
     exits = episodes([0.0, 10.0]) + episodes([0.0, 10.0], run_seed=1)
     static = plain("static", [4.0, 4.0], 0.5) + plain("static", [4.0, 4.0], 0.5, run_seed=1)
