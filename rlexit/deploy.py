@@ -49,6 +49,8 @@ from rlexit.summary import points
 
 FORMATS = ("onnx", "onnx-if", "sb3")
 TEACHERS = "teacher"
+# What a method without exits is called, which rows leave at the end alone: `full` is the teacher.
+GATES = "gates"
 # An exit with this threshold is built and nobody leaves there, whatever the rule.
 NOBODY = 1e30
 HELD_OUT = 2000
@@ -63,7 +65,8 @@ def subject(session: Session, method: str, label: str | None) -> tuple[StagedNet
     Args:
         session: the run.
         method: one of the config's methods, or `teacher`: the plain full network.
-        label: a calibrated exit policy, `exit 0`, ..., `full`; or a static network's name. None for the first.
+        label: a calibrated exit policy, `exit 0`, ..., `full`; or a static network's name. None for the first, or for
+            a gated network without exits itself.
     Raises:
         CheckpointError: something is missing; names the verb that makes it.
         LookupError: nothing has that label.
@@ -81,6 +84,8 @@ def subject(session: Session, method: str, label: str | None) -> tuple[StagedNet
             raise unknown("--policy", name, networks)
         return networks[name], replace(ExitPolicy.full(1), label=name)
     network = networks[""]
+    if label is None and not METHODS[method].exits:
+        return network, replace(ExitPolicy.full(network.exits), label=GATES)
     plain = {one.label: one for one in (ExitPolicy.always(exit, network.exits) for exit in range(network.exits))}
     return network, plain[label] if label in plain else calibrated_policy(session, method, label)
 
@@ -247,7 +252,7 @@ def _entries(session: Session, method: str, network: StagedNetwork, policy: Exit
     """The full network, the mix, every exit, and the static networks of this run and seed."""
     teacher, whole = subject(session, TEACHERS, None)
     found = [Entry(TEACHERS, "full", teacher, whole), Entry(method, policy.label, network, policy, mix=True)]
-    for exit in range(network.exits):
+    for exit in range(network.exits if network.exits > 1 else 0):
         limits = [-math.inf if early == exit else NOBODY for early in range(network.exits - 1)]
         name = f"exit {exit}" if exit < network.exits - 1 else "nothing leaves"
         if name != policy.label:

@@ -5,6 +5,7 @@
 
     server = serve.load(Path("runs/pong/ztw/s0/export"))
     action, exit, confidence = server.act(observation)        # (4, 84, 84) uint8, or a batch (B, 4, 84, 84) of them
+    server.reset()                                             # where a game begins, if answers may be repeated
 
 A folder is treated as a stranger's: sizes are bounded, every byte is hashed, files are regular ones with plain names, a
 graph may hold only known arithmetic and nothing outside itself (`rlexit.onnxfile`), and the checked bytes, not the path,
@@ -33,7 +34,7 @@ __all__ = ["Act", "Acts", "Part", "Reuse", "ServeError", "Served", "Server", "St
 
 
 class Act(NamedTuple):
-    """One decision: what to do, where the row left, and the probability of the action."""
+    """One decision: what to do, where the row left (K where it repeats its last answer), and the action's probability."""
 
     action: int
     exit: int

@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from rlexit import checkpoint, contenders, deploy, serve, verbs
+from rlexit.config import METHODS as KINDS
 from rlexit.domain import Watch
 from rlexit.exit_policy import ExitPolicy
 from rlexit.export import export
@@ -19,7 +20,7 @@ from rlexit.interrupts import StopFlag
 from rlexit.rows import read_latency
 from rlexit.rules import rules
 from rlexit.runtime import run
-from rlexit.session import Session, load_network
+from rlexit.session import Session, learnt, load_network
 from tests.vision.small_images import SMALL
 from vision.domain import domain
 
@@ -80,6 +81,29 @@ def test_bench_times_a_classifier_alone_and_in_batches_and_it_has_no_loop(sessio
         for method in ("teacher", "ztw", "static"):
             assert {(runtime, method, 1), (runtime, method, 8)} <= found
     assert not any(runtime.endswith(contenders.LOOP) for runtime, _, _ in found)
+
+
+def test_a_classifier_whose_images_skip_blocks_is_exported_and_timed(session, tmp_path):
+    skipping = replace(session.domain.config, methods=("layer_gates",))
+    other = Session(domain(skipping), tmp_path / "gated", 0, Console(quiet=True), StopFlag())
+    checkpoint.save(other.teacher, "teacher", *checkpoint.load(session.teacher, "teacher"))
+    torch.manual_seed(2)
+    network = other.domain.network(other.teacher, KINDS["layer_gates"])
+    with torch.no_grad():
+        for gate in network.gates.values():
+            gate.embed.weight.normal_(std=10.0)
+        next(iter(network.gates.values())).core.logit.bias.zero_()
+    tensors = {f"/{key}": value for key, value in learnt(other, network, "layer_gates").items()}
+    checkpoint.save(other.method("layer_gates"), "policy", tensors, {})
+    path = deploy.export_method(other, "layer_gates", "onnx", None, None, 64)
+    parity = json.loads((path / "manifest.json").read_bytes())["parity"]
+    assert (path.name, parity["unexplained"], parity["gates"], parity["macs"]) == ("gates", 0, 0, 0)
+    decisions = serve.load(path).run(rows_of(session).numpy()).decisions
+    assert {0, 1} <= set(decisions.flatten().tolist())
+    table = read_latency(deploy.bench(other, "layer_gates", None, 4, 1, ("eager", "onnxruntime"), (8,)))
+    found = {(row.runtime, row.method, row.label, row.batch) for row in table}
+    for runtime in (contenders.EAGER, contenders.ORT):
+        assert {(runtime, "teacher", "full", 1), (runtime, "layer_gates", "gates", 8)} <= found
 
 
 def test_sb3_opens_no_classifier(session):
