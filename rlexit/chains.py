@@ -195,9 +195,12 @@ class Batch:
     Args:
         stages: in order.
         opened: their parts.
+    Raises:
+        ServeError: a graph reads what none before it gives.
     """
 
     def __init__(self, stages: Sequence[Stage], opened: Opened) -> None:
+        _check_chain(stages)
         self._stages, self._opened = tuple(stages), opened
         self._places: dict[tuple[int, str], np.ndarray] = {}
         # By stage: what is read after its own graph, and which column of decisions its gate has.
@@ -312,6 +315,21 @@ class Batch:
         if held is None or len(held) < rows:
             held = self._places[place, port.name] = np.empty((rows, *port.shape), dtype=port.dtype)
         return held
+
+
+def _check_chain(stages: Sequence[Stage]) -> None:
+    """Raises ServeError where a graph reads what none before it gives, or gives otherwise."""
+    known = {port.name: port for port in stages[0].part.inputs if port.name == OBSERVATION}
+    for stage in stages:
+        for part in (stage.part, stage.head, stage.runs, stage.skips):
+            for port in part.inputs if part is not None else ():
+                if known.get(port.name) != port:
+                    raise ServeError(f"`stages` must hand on what is read, got no {port.name!r}. Export again.")
+            if part is stage.part:
+                known = {name: port for name, port in known.items() if name != OBSERVATION}
+                known |= {port.name: port for port in stage.part.outputs}
+        if stage.skips is not None:
+            known |= {port.name: port for port in stage.skips.outputs}
 
 
 def blocks(rows: int, ports: Iterable[Port]) -> list[slice]:

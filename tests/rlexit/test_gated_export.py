@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlexit import serve
+from rlexit import chains, serve
 from rlexit.config import GateConfig
 from rlexit.exit_policy import ExitPolicy
 from rlexit.export import ExportError, compare, export, server_of
@@ -139,6 +139,15 @@ def test_gates_that_decide_alike_for_all_rows_are_asked_by_nobody():
     assert [graph.plan.units for graph in graphs] == [("stem", "block0", "block1", "block2")]
     server = server_of(network, ExitPolicy.full(EXITS), ROWS)
     assert server.run(ROWS.numpy()).macs.tolist() == run(network, ExitPolicy.full(EXITS), ROWS).macs.tolist()
+
+
+def test_stages_that_read_what_no_other_gives_are_refused():
+    server = server_of(gated("lstm"), ExitPolicy.full(EXITS), ROWS)
+    opened = chains.Opened([part for stage in server.stages for part in stage.parts], "onnxruntime")
+    chains.Batch(server.stages, opened)
+    for wrong in (server.stages[1:], server.stages[:1] + server.stages[2:]):
+        with pytest.raises(serve.ServeError, match="`stages` must hand on what is read, got no"):
+            chains.Batch(wrong, opened)
 
 
 @pytest.mark.parametrize("batch", [0, 1, 7])
