@@ -28,12 +28,16 @@ class GatingConfig:
         anneal: share of the steps in which the target falls from 1 to its value.
         learning_rate: of SGD with momentum, for the trunk and its own head.
         fresh_learning_rate: of Adam, for gates and added heads.
+        settle: share of the steps in which the gates' rate falls to a twentieth, where it stays, so that the trunk then
+            learns along paths that hardly change; 1: it falls to nothing, as the trunk's does.
         momentum: of SGD.
         weight_decay: L2 of the trunk.
         warmup: share of the steps in which the rates rise from nothing; they fall by a cosine.
         exits_from: share of the steps after which added exits learn too (joint loss); before, gates and trunk alone.
         distillation: weight of T^2 KL(full original || answer) beside the cross-entropy.
         temperature: T.
+        mixup: inputs are mixed pairwise, in shares drawn uniformly for each batch, and learnt from the original's answers to
+            the mixtures beside both labels: an original that knows its samples by heart tells little about them alone.
         batch_norm: `frozen` (the trunk keeps its statistics) or `train`.
         recalibrate: samples on which the trunk's statistics are taken anew at the end, with the gates' greedy decisions.
         precision: `bf16` or `fp32`, of convolutions and dense layers.
@@ -52,12 +56,14 @@ class GatingConfig:
     anneal: float = 0.4
     learning_rate: float = 0.01
     fresh_learning_rate: float = 0.001
+    settle: float = 1.0
     momentum: float = 0.9
     weight_decay: float = 1e-4
     warmup: float = 0.05
     exits_from: float = 0.5
     distillation: float = 0.0
     temperature: float = 4.0
+    mixup: bool = False
     batch_norm: str = "frozen"
     recalibrate: int = 0
     precision: str = "bf16"
@@ -77,6 +83,7 @@ class GatingConfig:
             require(0 < getattr(self, name) < math.inf, f"gating.{name}", "be positive", getattr(self, name))
         for name in ("anneal", "momentum", "warmup"):
             require(0 <= getattr(self, name) < 1, f"gating.{name}", "be in [0, 1)", getattr(self, name))
+        require(0 < self.settle <= 1, "gating.settle", "be in (0, 1]", self.settle)
         require(0 <= self.exits_from <= 1, "gating.exits_from", "be in [0, 1]", self.exits_from)
         require(self.batch_norm in ("frozen", "train"), "gating.batch_norm", "be frozen or train", self.batch_norm)
         require(self.precision in ("bf16", "fp32"), "gating.precision", "be bf16 or fp32", self.precision)

@@ -96,10 +96,13 @@ class RecurrentGate(LayerGate):
 
     def logits(self, state: ExitState) -> tuple[Float[Tensor, " batch"], Any]:
         """(B,) logit; hidden and cell state start at 0 in every pass."""
-        embedded = self.embed(self.seen(state).mean(dim=(2, 3)))
-        zeros = torch.zeros_like(embedded)
-        hidden, memory = (state.carry or {}).get("depth", (zeros, zeros))
-        logit, hidden, memory = self._shared[0](embedded, hidden, memory)
+        pooled = self.seen(state).mean(dim=(2, 3), dtype=torch.float32)
+        # In full precision whatever the units compute in: gates under a price stay near 0, where bfloat16 decides otherwise.
+        with torch.autocast(pooled.device.type, enabled=False):
+            embedded = self.embed(pooled)
+            zeros = torch.zeros_like(embedded)
+            hidden, memory = (state.carry or {}).get("depth", (zeros, zeros))
+            logit, hidden, memory = self._shared[0](embedded, hidden, memory)
         return logit, carried(state, "depth", (hidden, memory))
 
     def macs(self, state: ExitState, decision: Decision | None = None) -> Int[Tensor, " batch"]:

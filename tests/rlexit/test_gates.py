@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -216,6 +217,17 @@ def gate_macs(kind: str, channels: int, side: int, width: int = 0) -> int:
 # ---- the recurrent, the composite, the told ----
 
 
+def test_the_recurrent_gate_decides_in_full_precision_whatever_the_units_compute_in():
+    network = network_of("lstm")
+    gate = network.gates[next(iter(network.gates))]
+    features = inputs(8).to(torch.bfloat16)
+    state = network.begin(inputs(8))
+    with torch.autocast("cpu", torch.bfloat16):
+        lowered, _ = gate.logits(replace(state, features=features))
+    exact, _ = gate.logits(replace(state, features=features.float()))
+    torch.testing.assert_close(lowered, exact, rtol=0, atol=1e-5)
+
+
 def test_the_recurrent_gate_starts_afresh_in_every_pass_and_remembers_within_one():
     network = network_of("lstm")
     first = network(inputs(7))
@@ -230,8 +242,6 @@ def test_the_recurrent_gate_starts_afresh_in_every_pass_and_remembers_within_one
 
 
 def take_carry(state):
-    from dataclasses import replace
-
     return replace(state, carry=None)
 
 
