@@ -73,7 +73,7 @@ class Stage:
         threshold: +inf where nobody leaves, -inf where everybody does.
         head: answers the rows that leave, where `part` does not.
         runs: for rows that run the gated unit after it; None if there is none.
-        skips: for rows that skip it; without it they keep what they have, and what `runs` gives takes its place.
+        skips: for rows that skip it; without it they keep what they have, under the name of what `runs` gives.
         alone: for one row: the stages since the exit before it and this one in one graph; `part` where it is None.
     """
 
@@ -155,6 +155,8 @@ class Single:
             head = self._bind(stage.head, stage.exit) if stage.head is not None else None
             self._steps.append((call, score, stage.threshold, head))
             self._told.append((self._places[f"{ANSWER}/{stage.exit}"][0], stage.exit))
+        if OBSERVATION not in self._places:
+            raise ServeError("`stages` must read an observation, got none that does. Export again.")
         self.observation = self._places[OBSERVATION][0]
 
     def decide(self) -> tuple[np.ndarray, int]:
@@ -177,7 +179,10 @@ class Single:
         given = {port.name: self._read(port) for port in part.inputs}
         found = {port.name: buffer(port) for port in part.outputs}
         for name, place in found.items():
-            self._places[f"{name}/{exit}" if name in (ANSWER, SCORE, EXIT) else name] = place
+            known = f"{name}/{exit}" if name in (ANSWER, SCORE, EXIT) else name
+            if known in self._places:  # its buffer would be freed, and written to still
+                raise ServeError(f"`stages` must give every tensor once, got {name!r} again. Export again.")
+            self._places[known] = place
         return self._opened.bind(part, given, found, ONE_ROW)
 
     def _read(self, port: Port) -> np.ndarray:
@@ -290,7 +295,7 @@ class Batch:
                 port.name: known[read.name] if stage.skips is None else self._hold(place, port, count)[:count]
                 for read, port in zip(part.inputs if stage.skips is None else part.outputs, part.outputs, strict=True)
             }
-            joined |= targets if stage.skips is not None else {}
+            joined |= targets
             index = np.flatnonzero(wanted)
             told.macs[rows[index]] += part.macs
             for block in blocks(len(index), part.outputs):
@@ -328,8 +333,8 @@ def _check_chain(stages: Sequence[Stage]) -> None:
             if part is stage.part:
                 known = {name: port for name, port in known.items() if name != OBSERVATION}
                 known |= {port.name: port for port in stage.part.outputs}
-        if stage.skips is not None:
-            known |= {port.name: port for port in stage.skips.outputs}
+        if stage.runs is not None:
+            known |= {port.name: port for port in stage.runs.outputs}
 
 
 def blocks(rows: int, ports: Iterable[Port]) -> list[slice]:

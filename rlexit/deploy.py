@@ -131,7 +131,9 @@ def export_method(session: Session, method: str, kind: str, label: str | None, t
         gate = f", then the gate of {entry['gate']}" if "gate" in entry else ""
         out.print(f"export     {entry['file']:<14} {size:6.2f} MB{gate}")
     cost = ", ".join(f"exit {exit} {share:.3f}" for exit, share in manifest["relative_macs"].items())
-    out.print(f"export     relative_macs: {cost}")
+    # Some of what is counted is not run for a row that skips units, or is not asked whether it repeats its answer.
+    most = " at most" if network.gates or network.reuse is not None else ""
+    out.print(f"export     relative_macs{most}: {cost}")
     out.print(
         f"parity     {parity['rows']} held-out rows: {parity['actions']} other actions, {parity['exits']} other exits"
         f" (at most {parity['furthest']:.1e} from the threshold), probabilities within {parity['answers']:.1e}"

@@ -105,9 +105,8 @@ def server_of(
     example = _example(network, rows)
     graphs, recall, macs = _graphs(network, policy, example)
     parts: dict[str, serve.Part] = {}
-    for (name, traced), spent in zip(_parts(graphs, recall).items(), macs.values(), strict=True):
-        inputs, outputs = (exported.ports(_port_facts(side)) for side in (traced.inputs, traced.outputs))
-        parts[name] = serve.Part(inputs, outputs, traced.data, spent)
+    for name, traced in _parts(graphs, recall).items():
+        parts[name] = serve.Part(traced.inputs, traced.outputs, traced.data, macs[name])
     stages = []
     for number, graph in enumerate(graphs):
         ways = {name: parts[f"stage{number}_{name}"] for name in graph.branches}
@@ -182,6 +181,7 @@ def _manifest(
     example: Tensor,
 ) -> dict[str, Any]:
     graphs, recall, costs = made
+    # The most that a row can cost which leaves there: it runs every gated unit.
     total = costs.get("recall_asks", 0)
     macs: dict[str, int] = {}
     for number, graph in enumerate(graphs):

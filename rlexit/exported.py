@@ -24,6 +24,8 @@ MANIFEST = "manifest.json"
 FORMATS = ("onnx", "onnx-if")
 MAX_MANIFEST_BYTES = 1 << 20
 MAX_FILE_BYTES = 512 << 20
+MAX_BYTES = 1 << 30  # of all graphs: a manifest may name one large file many times
+MAX_MACS = 1 << 48  # of one graph; the sum of all fits in 64 bits
 MAX_STAGES = 256
 MAX_VALUES = 1 << 24
 DTYPES = ("uint8", "float32", "int64")
@@ -37,7 +39,7 @@ class ServeError(ValueError):
 
 @dataclass(frozen=True)
 class Port:
-    """A named input or output of a graph, and one row of it."""
+    """A named input or output of a graph: shape of one row, and NumPy's name of its dtype."""
 
     name: str
     shape: tuple[int, ...]
@@ -110,6 +112,7 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
         raise ValueError("thresholds")
     _check_port({"name": "observation", **manifest["observation"]})
     nested = manifest["format"] == "onnx-if"
+    shapes: dict[str, list[int]] = {"answer": [outputs], "score": [], "exit": [], "logit": [1]}
     previous, follows = -1, False
     for number, entry in enumerate(stages):
         last = number == len(stages) - 1
@@ -119,6 +122,7 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
             _check_part(entry[name])
         gated = "runs" in ways
         in_order = exit == -1 if nested or gated else previous < exit < exits and last == (exit == exits - 1)
+        in_order = in_order and not (gated and last)
         allowed = {"runs", "skips"} if gated else {"alone"} if last else {"alone", "head"}
         if type(exit) is not int or not in_order or not ways <= allowed:
             raise ValueError("exit")
@@ -128,19 +132,22 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
             raise ValueError("alone")
         follows = gated
         previous = max(previous, exit)
-        names = {port["name"] for port in entry["outputs"]}
-        answered = entry["head"]["outputs"] if "head" in ways else entry["outputs"]
-        wanted = {"answer", "exit"} if nested else {"logit"} if gated else {"score"} if not last else set()
-        if not wanted <= names or (gated and {"answer", "score"} & names):
+        wanted = {"exit"} if nested else {"logit"} if gated else {"score"} if not last else set()
+        if "head" in ways:
+            _check_outputs(entry["head"], {"answer"}, shapes)
+        elif not gated:
+            wanted |= {"answer"}
+        for part in (entry, *([entry["alone"]] if "alone" in ways else [])):
+            _check_outputs(part, wanted, shapes)
+        if gated and {"answer", "score"} & {port["name"] for port in entry["outputs"]}:
             raise ValueError("outputs")
-        if not gated and [port["shape"] for port in answered if port["name"] == "answer"] != [[outputs]]:
-            raise ValueError("answer")
-        if "alone" in ways and not wanted <= {port["name"] for port in entry["alone"]["outputs"]}:
-            raise ValueError("alone")
-    if nested and any(type(macs) is not int for macs in manifest["macs"].values()):
-        raise ValueError("macs")
+    for macs in manifest["macs"].values() if nested else ():
+        _check_macs(macs)
     if manifest.get("reuse") is not None:
         _check_reuse(manifest)
+    parts = [one for entry in stages for one in (entry, *(entry[name] for name in BRANCHES if entry.get(name)))]
+    if sum(one["bytes"] for one in parts) > MAX_BYTES:
+        raise ValueError(f"more than {MAX_BYTES} bytes")
     first = [port for port in stages[0]["inputs"] if port["name"] == "observation"]
     told = {"name": "observation", **manifest["observation"]}
     # Frames may be given to the graph as float32 of the same values.
@@ -159,17 +166,27 @@ def _upgrade(manifest: dict[str, Any]) -> None:
 def _check_part(entry: dict[str, Any]) -> None:
     """One graph."""
     named = _NAME.fullmatch(entry["file"]) and _HASH.fullmatch(entry["sha256"])
-    if not named or type(entry["bytes"]) is not int or type(entry["macs"]) is not int:
+    if not named or type(entry["bytes"]) is not int or not 0 <= entry["bytes"] <= MAX_FILE_BYTES:
         raise ValueError("file")
+    _check_macs(entry["macs"])
     for port in (*entry["inputs"], *entry["outputs"]):
         _check_port(port)
 
 
+def _check_macs(macs: Any) -> None:
+    if type(macs) is not int or not 0 <= macs <= MAX_MACS:
+        raise ValueError("macs")
+
+
+def _check_outputs(entry: dict[str, Any], wanted: set[str], shapes: dict[str, list[int]]) -> None:
+    """A graph gives each of these once, in its shape."""
+    for name in wanted:
+        if [port["shape"] for port in entry["outputs"] if port["name"] == name] != [shapes[name]]:
+            raise ValueError(name)
+
+
 def _check_ways(entry: dict[str, Any]) -> None:
     """The ways past a gated unit give the same tensors, or the one there is works in place."""
-    logits = [port["shape"] for port in entry["outputs"] if port["name"] == "logit"]
-    if logits != [[1]]:
-        raise ValueError("logit")
     told = entry["runs"]["outputs"]
     if entry.get("skips") is not None:
         if entry["skips"]["outputs"] != told:

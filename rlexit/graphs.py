@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rlexit.exit_policy import ExitPolicy
+from rlexit.exported import Port
 from rlexit.gates.layer import RecurrentGate
 from rlexit.network import StagedNetwork
 from rlexit.rewrites import PlainOperators, given_as, rewritten
@@ -30,15 +31,6 @@ OPSET = 18
 OBSERVATION, ANSWER, SCORE, LOGIT = "observation", "answer", "score", "logit"
 # Traced with more than one row, so that a shape which is made from the number of rows is not taken for a constant 1.
 TRACED_ROWS = 2
-
-
-@dataclass(frozen=True)
-class Port:
-    """A named input or output of a graph: shape of one row, and NumPy's name of its dtype."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
 
 
 @dataclass(frozen=True)
@@ -125,7 +117,10 @@ def _named(logits: Mapping[int, Tensor], exits: Sequence[int]) -> dict[str, Tens
 def _branches(
     unit: Any, number: int, template: Any, features: dict[str, Tensor]
 ) -> tuple[dict[str, Traced], dict[str, Tensor], Any]:
-    """Both ways past a gated unit, and the features after it by name and as a tree."""
+    """Both ways past a gated unit, and the features after it by name and as a tree.
+
+    They have names of their own even where a row that skips keeps what it has: no graph may give what it is given.
+    """
     with torch.no_grad():
         passed = leaves_of(unit.skip(template))
     same = [one is other for one, other in zip(passed, leaves_of(template), strict=False)]
@@ -142,7 +137,7 @@ def _branches(
         raise ExportError(
             f"`{type(unit).__name__}` must read all of its features to be exported with a gate before it."
         )
-    return branches, dict(zip(features, told.values(), strict=True)), joined
+    return branches, told, joined
 
 
 def recall_graphs(network: StagedNetwork, example: Tensor) -> dict[str, Traced]:

@@ -8,7 +8,6 @@ caches then have to hold. So single decisions take one graph from exit to exit, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -100,7 +99,7 @@ def _segment(graphs: Sequence[Graph], later: set[str]) -> Traced:
     made = {port.name: port for graph in graphs for port in graph.outputs}
     ports = {port.name: port for graph in graphs for part in (graph, *graph.branches.values()) for port in part.inputs}
     ports |= made
-    # What a tensor is called now: a unit that works in place leaves another one behind.
+    # What a tensor is called in this graph.
     now: dict[str, str] = {}
     inputs: dict[str, Port] = {}
     nodes: list[Any] = []
@@ -111,13 +110,12 @@ def _segment(graphs: Sequence[Graph], later: set[str]) -> Traced:
             if port.name not in now:
                 now[port.name], inputs[port.name] = port.name, port
 
-    def branch(number: int, way: str, part: Traced | None, names: Sequence[str], told: Sequence[Port]) -> Any:
+    def branch(number: int, way: str, part: Traced | None, runs: Traced) -> Any:
         prefix = f"stage{number}_{way}/"
         if part is None:
-            inner = [helper.make_node("Identity", [now[name]], [prefix + name]) for name in names]
-            return helper.make_graph(
-                inner, prefix[:-1], [], [_info(prefix + n, p) for n, p in zip(names, told, strict=True)]
-            )
+            pairs = list(zip(runs.inputs, runs.outputs, strict=True))
+            inner = [helper.make_node("Identity", [now[read.name]], [prefix + port.name]) for read, port in pairs]
+            return helper.make_graph(inner, prefix[:-1], [], [_info(prefix + port.name, port) for _, port in pairs])
         reads = {port.name: now[port.name] for port in part.inputs}
         inner, held = _copied(_parsed(part.data), prefix, lambda name: reads.get(name, prefix + name if name else name))
         outputs = [_info(prefix + port.name, port) for port in part.outputs]
@@ -139,18 +137,18 @@ def _segment(graphs: Sequence[Graph], later: set[str]) -> Traced:
         skips = graph.branches.get("skips")
         for part in (runs, *([skips] if skips is not None else [])):
             take(part)
-        names = [port.name for port in (runs.inputs if skips is None else runs.outputs)]
+        names = [port.name for port in runs.outputs]
         nodes.append(_constant(prefix + "nothing", np.zeros(1, dtype=np.float32)))
         nodes.append(helper.make_node("Greater", [now[LOGIT], prefix + "nothing"], [prefix + "wanted"]))
         ways = {
-            "then_branch": branch(number, "runs", runs, names, runs.outputs),
-            "else_branch": branch(number, "skips", skips, names, runs.outputs),
+            "then_branch": branch(number, "runs", runs, runs),
+            "else_branch": branch(number, "skips", skips, runs),
         }
         joined = [f"stage{number}_joined/{name}" for name in names]
         nodes.append(helper.make_node("If", [prefix + "wanted"], joined, **ways))
         now |= dict(zip(names, joined, strict=True))
-        ports |= {name: replace(port, name=name) for name, port in zip(names, runs.outputs, strict=True)}
-    told = [name for name in now if name in (ANSWER, SCORE) or (name in later and now[name] != name)]
+        ports |= {port.name: port for port in runs.outputs}
+    told = [name for name in now if name in (ANSWER, SCORE) or (name in later and name not in inputs)]
     nodes += [helper.make_node("Identity", [now[name]], [name]) for name in told]
     outputs = tuple(ports[name] for name in told)
     entering = [_info(port.name, port) for port in inputs.values()]

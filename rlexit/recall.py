@@ -64,9 +64,14 @@ class Recall:
             self._many, self._started = None, False
             return
         count = 1 if self._many is None else len(self._many["left"])
-        index = np.asarray(rows, dtype=np.int64)
-        if len(index) and (index.min() < 0 or index.max() >= count):
-            raise ServeError(f"`rows` must be of the {count} environments that are played, got {index.tolist()}.")
+        given = np.asarray(rows)
+        # As indices, bools would be the first two environments.
+        index = np.flatnonzero(given) if given.dtype == bool else given.astype(np.int64)
+        wrong = (
+            len(given) != count if given.dtype == bool else len(index) and not 0 <= index.min() <= index.max() < count
+        )
+        if wrong:
+            raise ServeError(f"`rows` must be of the {count} environments that are played, got {given.tolist()}.")
         for one in self._held(count).values():
             one[index] = 0
 

@@ -65,9 +65,8 @@ def load(
         MissingExtra: the runtime is not installed.
     """
     manifest = read_manifest(folder)
-    limits = [float(value) for value in (manifest["thresholds"] if thresholds is None else thresholds)]
-    if len(limits) != manifest["exits"] - 1 or any(math.isnan(value) for value in limits):
-        raise ServeError(f"`thresholds` must be {manifest['exits'] - 1} numbers, got {thresholds}.")
+    told = [float(value) for value in manifest["thresholds"]]  # JSON has no infinity but as text
+    limits = _limits(told if thresholds is None else thresholds, manifest["exits"])
     if thresholds is not None and manifest["format"] == "onnx-if":
         raise ServeError("`thresholds` are inside the graph of this format. Export again with --format onnx.")
     if threads < 1:
@@ -114,13 +113,17 @@ class Server:
 
     def with_thresholds(self, thresholds: Sequence[float]) -> Server:
         """The same graphs under other thresholds; see `load`."""
-        stages = [replace(one, threshold=limit(thresholds, one.exit)) for one in self.stages]
+        limits = _limits(thresholds, self.exits)
+        stages = [replace(one, threshold=limit(limits, one.exit)) for one in self.stages]
         return Server(self.manifest, stages, self.threads, self.runtime, self.reuse)
 
     def reset(self, rows: Sequence[int] | np.ndarray | None = None) -> None:
-        """Begins new games, in which no answer may be repeated: in all environments, or in these rows of a batch.
+        """Begins new games, in which no answer may be repeated: in all environments, or in some of a batch.
 
         Only an export that may repeat answers remembers anything; others have nothing to forget.
+
+        Args:
+            rows: their indices, or (B,) bools such as an environment's `terminated | truncated`. All by default.
 
         Raises:
             ServeError: there are no such rows.
@@ -226,6 +229,13 @@ class Server:
         if self.dtype.kind == "f" and not np.isfinite(observation).all():
             raise ServeError("`observation` must be finite, got NaN or infinity. Leave such rows out.")
         return batched
+
+
+def _limits(thresholds: Sequence[float], exits: int) -> list[float]:
+    limits = [float(value) for value in thresholds]
+    if len(limits) != exits - 1 or any(math.isnan(value) for value in limits):
+        raise ServeError(f"`thresholds` must be {exits - 1} numbers, got {list(thresholds)}. Give one per early exit.")
+    return limits
 
 
 def limit(thresholds: Sequence[float], exit: int) -> float:

@@ -91,9 +91,10 @@ def test_a_policy_that_repeats_answers_is_served_step_by_step(tmp_path, rule):
     assert {manifest["parity"][name] for name in ("actions", "exits", "macs", "unexplained")} == {0}
     server, memory, outcomes = serve.load(tmp_path / "export", threads=2), None, set()
     for number, step in enumerate(STEPS):
-        if number == 7:  # two games begin anew
-            server.reset([1, 4])
-            memory = forget(memory, torch.tensor([1, 4]))
+        if number in (7, 9):  # two games begin anew
+            anew = [1, 4]
+            server.reset(anew if number == 7 else np.isin(np.arange(GAMES), anew))
+            memory = forget(memory, torch.tensor(anew))
         wanted, got = run(network, policy, step, memory=memory), server.run(step.numpy())
         memory = wanted.memory
         outcomes |= set(got.exits.tolist())
@@ -148,8 +149,9 @@ def test_rows_are_the_environments_of_the_step_before_until_a_reset():
             serve.ServeError, match=f"must have the {GAMES} rows of the step before, got [13]. Call reset"
         ):
             server.act(wrong)
-    with pytest.raises(serve.ServeError, match=f"`rows` must be of the {GAMES} environments"):
-        server.reset([GAMES])
+    for wrong in ([GAMES], [-1], np.ones(GAMES - 1, dtype=bool)):
+        with pytest.raises(serve.ServeError, match=f"`rows` must be of the {GAMES} environments"):
+            server.reset(wrong)
     server.reset()
     assert len(server.act(STEPS[0, :3].numpy()).actions) == 3
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from dataclasses import replace
 from typing import Any
 
@@ -14,13 +15,28 @@ from rlexit import chains, serve
 from rlexit.config import GateConfig
 from rlexit.exit_policy import ExitPolicy
 from rlexit.export import ExportError, compare, export, server_of
+from rlexit.gates import Site, build_gates
 from rlexit.gates.layer import FeedForwardGate, RecurrentGate
 from rlexit.graphs import stage_graphs
 from rlexit.network import StagedNetwork
+from rlexit.residual import ResidualUnit
 from rlexit.runtime import run
+from rlexit.units import ModuleUnit, Unit
 from tests.rlexit.served import counted
 from tests.rlexit.test_serve import reseal
-from tests.rlexit.toys import CHANNELS, EXITS, MAP, parting, residual, scatter
+from tests.rlexit.toys import (
+    CHANNELS,
+    EXITS,
+    MAP,
+    OUTPUTS,
+    Block,
+    conv,
+    linear_heads,
+    parting,
+    residual,
+    scatter,
+    spread,
+)
 
 onnx = pytest.importorskip("onnx", reason="the extra `export` is not installed")
 pytest.importorskip("onnxruntime", reason="the extra `export` is not installed")
@@ -91,6 +107,35 @@ def test_a_gated_network_is_served_as_it_runs(tmp_path, kind, exits):
         assert server.act(observation)[:2] == (int(got.answers[row].argmax()), int(got.exits[row]))
 
 
+def alike(exits: tuple[str, ...], kind: str) -> StagedNetwork:
+    """Four blocks that all keep the features of a row that skips them."""
+    torch.manual_seed(SEED)
+    units: OrderedDict[str, Unit] = OrderedDict(stem=ModuleUnit(torch.nn.Sequential(conv(), torch.nn.ReLU())))
+    units |= {f"block{number}": ResidualUnit(Block(CHANNELS, CHANNELS), "none") for number in range(4)}
+    network = StagedNetwork(units, {name: linear_heads(("x",), MAP)["x"] for name in exits}, OUTPUTS)
+    sites = [Site(name, CHANNELS, units[name].width) for name in network.unit_names[1:]]
+    network.set_gates(build_gates(sites, GateConfig(kind, bias=0.0), Site("stem", CHANNELS)))
+    spread(network)
+    scatter(network)
+    return network.eval()
+
+
+@pytest.mark.parametrize("kind", ["lstm", "ff1"])
+@pytest.mark.parametrize("exits", [("block0", "block1", "block2", "block3"), ("stem", "block1", "block3")])
+def test_blocks_that_keep_what_a_row_has_are_served_from_exit_to_exit(tmp_path, kind, exits):
+    network = alike(exits, kind)
+    policy = parting(network, ROWS)
+    export(network, policy, ROWS, tmp_path / "export", "onnx", {})
+    wanted, server = run(network, policy, ROWS), serve.load(tmp_path / "export")
+    got = server.run(ROWS.numpy())
+    assert len(set(got.exits.tolist())) == len(exits)
+    np.testing.assert_array_equal(got.exits, wanted.exits.numpy())
+    np.testing.assert_array_equal(got.macs, wanted.macs.numpy())
+    np.testing.assert_allclose(got.answers, wanted.answers.numpy(), atol=1e-4, rtol=1e-4)
+    for row, observation in enumerate(ROWS.numpy()):
+        assert server.act(observation)[:2] == (int(got.answers[row].argmax()), int(got.exits[row]))
+
+
 def test_a_unit_that_a_row_skips_is_not_run(monkeypatch):
     calls = counted(monkeypatch)
     network = gated("lstm")
@@ -148,6 +193,16 @@ def test_stages_that_read_what_no_other_gives_are_refused():
     for wrong in (server.stages[1:], server.stages[:1] + server.stages[2:]):
         with pytest.raises(serve.ServeError, match="`stages` must hand on what is read, got no"):
             chains.Batch(wrong, opened)
+
+
+def test_a_tensor_that_two_graphs_give_is_refused():
+    policy = parting(alike(("stem", "block1", "block3"), "ff1"), ROWS)
+    server = server_of(alike(("stem", "block1", "block3"), "ff1"), policy, ROWS)
+    opened = chains.Opened([part for stage in server.stages for part in stage.parts], "onnxruntime")
+    with pytest.raises(serve.ServeError, match="`stages` must give every tensor once"):
+        chains.Single((server.stages[0], *server.stages), opened)
+    with pytest.raises(serve.ServeError, match="`stages` must read an observation"):
+        chains.Single((), opened)
 
 
 @pytest.mark.parametrize("batch", [0, 1, 7])
@@ -209,6 +264,26 @@ def test_a_gated_manifest_that_claims_nonsense_is_refused(tmp_path, change):
         reseal(folder, lambda manifest: change(manifest["stages"]))
         serve.load(folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda stages: stages.pop(),
+        lambda stages: stages[0].update(macs=-1),
+        lambda stages: stages[0]["runs"].update(macs=1 << 63),
+        lambda stages: stages[-1]["alone"]["outputs"][0].update(shape=[OUTPUTS + 1]),
+        lambda stages: [stage.update(bytes=1 << 29) for stage in stages],
+    ],
+)
+def test_a_gated_manifest_is_refused_before_a_graph_is_read(tmp_path, change):
+    folder = tmp_path / "export"
+    export(gated("ff2"), ExitPolicy.full(EXITS), ROWS, folder, "onnx", {})
+    reseal(folder, lambda manifest: change(manifest["stages"]))
+    for file in folder.glob("*.onnx"):
+        file.unlink()
+    with pytest.raises(serve.ServeError, match="no manifest of an export"):
+        serve.load(folder)
 
 
 def test_openvino_serves_a_gated_export_too(tmp_path):

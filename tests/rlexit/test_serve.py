@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +142,13 @@ def test_other_thresholds_lead_to_other_exits(made):
         assert set(server.act(ROWS.numpy()).exits.tolist()) == {exit}
         assert server.act(ROWS[3].numpy()).exit == exit
         assert set(server.with_thresholds(limits[0]).act(ROWS.numpy()).exits.tolist()) == {0}
+
+
+def test_as_many_thresholds_as_early_exits_are_taken(made):
+    server = serve.load(made)
+    for limits in ((0.5,), (0.5,) * EXITS, (np.nan,) * (EXITS - 1)):
+        for call in (partial(serve.load, made, thresholds=limits), partial(server.with_thresholds, limits)):
+            assert f"`thresholds` must be {EXITS - 1} numbers" in refusal(call)
 
 
 def test_a_later_graph_is_not_run_for_a_row_that_left(made, monkeypatch):
