@@ -65,8 +65,8 @@ def subject(session: Session, method: str, label: str | None) -> tuple[StagedNet
     Args:
         session: the run.
         method: one of the config's methods, or `teacher`: the plain full network.
-        label: a calibrated exit policy, `exit 0`, ..., `full`; or a static network's name. None for the first, or for
-            a gated network without exits itself.
+        label: a calibrated exit policy, `exit 0`, ..., `full`; or a static network's name; `gates` for a gated network
+            without exits itself. None for the first of these that there is.
     Raises:
         CheckpointError: something is missing; names the verb that makes it.
         LookupError: nothing has that label.
@@ -84,7 +84,7 @@ def subject(session: Session, method: str, label: str | None) -> tuple[StagedNet
             raise unknown("--policy", name, networks)
         return networks[name], replace(ExitPolicy.full(1), label=name)
     network = networks[""]
-    if label is None and not METHODS[method].exits:
+    if label in (None, GATES) and not METHODS[method].exits:
         return network, replace(ExitPolicy.full(network.exits), label=GATES)
     plain = {one.label: one for one in (ExitPolicy.always(exit, network.exits) for exit in range(network.exits))}
     return network, plain[label] if label in plain else calibrated_policy(session, method, label)

@@ -42,12 +42,14 @@ class PlainOperators(TorchFunctionMode):
             size = (int(args[0].shape[2]), int(args[0].shape[3]))
             if any(length % args[1] for length in size):
                 return _averages(args[0], windows(size, args[1]))
-        if func is functional.pad and len(args[1]) == 6 and not any(args[1][:4]):
+        given = kwargs or {}
+        zeros_wanted = given.get("mode", "constant") == "constant" and not given.get("value")
+        if func is functional.pad and zeros_wanted and len(args[1]) == 6 and not any(args[1][:4]):
             features, (before, after) = args[0], args[1][4:]
             if max(before, after) <= int(features.shape[1]):
                 zeros = [[features[:, :count] * 0] if count else [] for count in (before, after)]
                 return torch.cat([*zeros[0], features, *zeros[1]], dim=1)
-        return func(*args, **(kwargs or {}))
+        return func(*args, **given)
 
 
 def _averages(features: Tensor, places: list[list[tuple[int, int]]]) -> Tensor:

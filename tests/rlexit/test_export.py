@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional
 
 from rlexit import exported, serve
 from rlexit.config import HeadConfig
@@ -14,7 +15,7 @@ from rlexit.export import ExportError, compare, export
 from rlexit.graphs import check_exportable, plan_stages, stage_graphs
 from rlexit.heads import PooledConvHead
 from rlexit.network import StagedNetwork
-from rlexit.rewrites import RewrittenHead
+from rlexit.rewrites import PlainOperators, RewrittenHead
 from rlexit.runtime import run
 from tests.rlexit.toys import EXITS, OUTPUTS, SCORERS, TOYS, parting, staged
 
@@ -137,6 +138,25 @@ def test_the_ensemble_is_part_of_the_last_linear_layer_of_its_exit(rule, kept):
     assert ("Split" in operators[1]) is kept
     if not kept:
         assert not {"Add", "Mul"} & {name for names in operators for name in names}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda features: functional.adaptive_avg_pool2d(features, 3),
+        lambda features: functional.adaptive_avg_pool2d(features, output_size=3),
+        lambda features: functional.adaptive_avg_pool2d(features, output_size=(3, 2)),
+        lambda features: functional.pad(features, (0, 0, 0, 0, 1, 2)),
+        lambda features: functional.pad(features, pad=(0, 0, 0, 0, 1, 2)),
+        lambda features: functional.pad(features, (0, 0, 0, 0, 1, 2), value=1.0),
+        lambda features: functional.pad(features, (0, 0, 0, 0, 1, 2), "constant", 1.0),
+    ],
+)
+def test_plain_operators_say_the_same_however_they_are_asked(call):
+    features = torch.randn(2, 3, 5, 4, generator=torch.Generator().manual_seed(0))
+    with PlainOperators():
+        found = call(features)
+    torch.testing.assert_close(found, call(features))
 
 
 def test_frames_are_converted_outside_of_the_first_graph():

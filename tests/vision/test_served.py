@@ -95,6 +95,7 @@ def test_a_classifier_whose_images_skip_blocks_is_exported_and_timed(session, tm
         next(iter(network.gates.values())).core.logit.bias.zero_()
     tensors = {f"/{key}": value for key, value in learnt(other, network, "layer_gates").items()}
     checkpoint.save(other.method("layer_gates"), "policy", tensors, {})
+    assert deploy.subject(other, "layer_gates", "gates")[1] == deploy.subject(other, "layer_gates", None)[1]
     path = deploy.export_method(other, "layer_gates", "onnx", None, None, 64)
     parity = json.loads((path / "manifest.json").read_bytes())["parity"]
     assert (path.name, parity["unexplained"], parity["gates"], parity["macs"]) == ("gates", 0, 0, 0)
