@@ -210,7 +210,8 @@ def _against(fixed: Sequence[BudgetRow], honest: Sequence[BudgetRow]) -> list[It
     """What honest thresholds reach with the compute of one network without exits, per method.
 
     Args:
-        fixed: that network, of every training seed; one that was trained once is compared with all seeds of a method.
+        fixed: that network, of every training seed; one that was trained once is compared with all seeds of a method. Where
+            both were trained several times and no seed is common, nothing is said.
         honest: rows of all methods.
     """
     own = {row.run_seed: row for row in fixed}
@@ -221,10 +222,12 @@ def _against(fixed: Sequence[BudgetRow], honest: Sequence[BudgetRow]) -> list[It
     for name in dict.fromkeys(map(_name, honest)):
         mine = [row for row in honest if _name(row) == name]
         seeds = [seed for seed in _seeds(mine) if len(own) == 1 or seed in own]
+        if not seeds:
+            continue
         rivals = [own.get(seed, fixed[0]) for seed in seeds]
         exits = [_within(mine, seed, rival) for seed, rival in zip(seeds, rivals, strict=True)]
         pairs = [(one, rival) for one, rival in zip(exits, rivals, strict=True) if one is not None]
-        if not pairs or len(pairs) < len(seeds):
+        if len(pairs) < len(seeds):
             small.append(name)
         else:
             found.append(_verdict(named, name, pairs))

@@ -206,6 +206,18 @@ def test_a_seed_is_compared_with_the_network_of_its_own_seed(tmp_path):
     assert text.endswith("seed by seed +2.00, -4.00.")
 
 
+def test_networks_without_a_seed_in_common_are_not_compared(tmp_path):
+    static = replace(BUDGET, method="static", label="width 0.5", choice="fixed", budget=0.5, relative_macs=0.5)
+    folders = [
+        folder_of(tmp_path / f"s{seed}", replace(BUDGET, run_seed=seed), replace(static, run_seed=seed + 2))
+        for seed in (0, 1)
+    ]
+    assert not [block for block in told(folders) if isinstance(block, Bullets)]
+    both = told([*folders, folder_of(tmp_path / "s4", replace(static, run_seed=1))])
+    [bullets] = [block for block in both if isinstance(block, Bullets)]
+    assert len(bullets.items) == 1
+
+
 def test_what_one_seed_lacks_has_no_mean_and_a_network_trained_once_meets_all_seeds(tmp_path):
     folders = [
         folder_of(tmp_path / "s0", BUDGET, replace(BUDGET, budget=0.25, relative_macs=0.2)),
