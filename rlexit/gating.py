@@ -24,28 +24,6 @@ from rlexit.resource import ResourceLoss
 from rlexit.warmup import warm_up
 
 
-def mixed(
-    inputs: Tensor, labels: Tensor | None, generator: torch.Generator
-) -> tuple[Tensor, list[tuple[float, Tensor]]]:
-    """Mixes a batch with itself in another order, at a share drawn uniformly.
-
-    Args:
-        inputs: (B, ...); integers stay integers.
-        labels: (B,), or None.
-        generator: source of randomness.
-    Returns:
-        (B, ...) mixtures, and the (B,) labels of both sides with their shares; none without labels.
-    Source: Zhang et al. 2018 (mixup), arXiv 1710.09412; of distillation, Beyer et al. 2022, arXiv 2106.05237.
-    """
-    share = float(torch.rand((), generator=generator))
-    order = torch.randperm(len(inputs), generator=generator).to(inputs.device)
-    mixture = torch.lerp(inputs[order].float(), inputs.float(), share)
-    if not inputs.is_floating_point():
-        mixture = mixture.round_()
-    targets = [] if labels is None else [(share, labels), (1 - share, labels[order])]
-    return mixture.to(inputs.dtype), targets
-
-
 class GateTrainer(GateLearner):
     """Trains gates, trunk and exits together: sum of cross-entropies + lambda * relative compute.
 
@@ -128,14 +106,11 @@ class GateTrainer(GateLearner):
             for group in optimizer.param_groups:
                 group["lr"] = rates[name]
         self.resource.target = 1 - (1 - config.target_macs) * min(self.done / config.anneal if config.anneal else 1, 1)
-        targets = [] if labels is None else [(1.0, labels)]
-        if config.mixup:
-            inputs, targets = mixed(inputs, labels, self.generator)
         network.train()
         with self._statistics(), torch.autocast(inputs.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             trace = network(inputs, generator=self.generator if self.stochastic else None)
         logits = trace.logits.float()
-        task = self._task(inputs, targets, logits)
+        task = self._task(inputs, labels, logits)
         relative = self._compute(trace)
         price = self.resource.price
         loss = task.mean() + self.resource(relative)
@@ -171,16 +146,16 @@ class GateTrainer(GateLearner):
         """Batch statistics of the trunk: frozen, or as training has them; those of gates and added heads move."""
         return frozen(self.network.units) if self.config.batch_norm == "frozen" else torch.enable_grad()
 
-    def _task(self, inputs: Any, labels: list[tuple[float, Tensor]], logits: Tensor) -> Float[Tensor, " batch"]:
+    def _task(self, inputs: Any, labels: Tensor | None, logits: Tensor) -> Float[Tensor, " batch"]:
         """(B,) cross-entropies of the exits that learn at this time, and the divergence from the original."""
         config = self.config
         learning = logits if self.done >= config.exits_from else logits[:, -1:]
         answers = learning.log_softmax(dim=-1)
         total = torch.zeros(len(logits), device=logits.device)
-        for share, known in labels:
-            total = total + share * cross_entropy(known, answers).sum(dim=1)
-        if self.original is not None and (config.distillation or not labels):
-            temperature = config.temperature if labels else 1.0
+        if labels is not None:
+            total = cross_entropy(labels, answers).sum(dim=1)
+        if self.original is not None and (config.distillation or labels is None):
+            temperature = config.temperature if labels is not None else 1.0
             with (
                 torch.no_grad(),
                 torch.autocast(inputs.device.type, torch.bfloat16, enabled=config.precision == "bf16"),
@@ -189,5 +164,5 @@ class GateTrainer(GateLearner):
             divergence = kl_divergence(
                 (wanted / temperature).log_softmax(dim=-1), (learning[:, -1:] / temperature).log_softmax(dim=-1)
             )[:, 0]
-            total = total + (config.distillation * temperature**2 if labels else 1.0) * divergence
+            total = total + (config.distillation * temperature**2 if labels is not None else 1.0) * divergence
         return total

@@ -36,8 +36,6 @@ class GatingConfig:
         exits_from: share of the steps after which added exits learn too (joint loss); before, gates and trunk alone.
         distillation: weight of T^2 KL(full original || answer) beside the cross-entropy.
         temperature: T.
-        mixup: inputs are mixed pairwise, in shares drawn uniformly for each batch, and learnt from the original's answers to
-            the mixtures beside both labels: an original that knows its samples by heart tells little about them alone.
         batch_norm: `frozen` (the trunk keeps its statistics) or `train`.
         recalibrate: samples on which the trunk's statistics are taken anew at the end, with the gates' greedy decisions.
         precision: `bf16` or `fp32`, of convolutions and dense layers.
@@ -63,7 +61,6 @@ class GatingConfig:
     exits_from: float = 0.5
     distillation: float = 0.0
     temperature: float = 4.0
-    mixup: bool = False
     batch_norm: str = "frozen"
     recalibrate: int = 0
     precision: str = "bf16"

@@ -19,7 +19,6 @@ from rlexit.domain import Gating, Refining, Watch
 from rlexit.evaluate import budgeted
 from rlexit.exit_policy import ExitPolicy
 from rlexit.gatelearning import settling
-from rlexit.gating import mixed
 from rlexit.gating_config import GatingConfig
 from rlexit.interrupts import StopFlag, Stopped
 from rlexit.rows import read_rows
@@ -151,7 +150,7 @@ def test_a_price_of_nothing_leaves_gates_open_and_the_teacher_s_accuracy(teacher
     assert float(torch.stack([(d.action > 0).float().mean() for _, d in result.decisions]).mean()) > 0.95
 
 
-@pytest.mark.parametrize("ways", [{}, {"mixup": True, "settle": 0.5, "distillation": 0.5, "batch_norm": "train"}])
+@pytest.mark.parametrize("ways", [{}, {"settle": 0.5, "distillation": 0.5, "batch_norm": "train"}])
 def test_a_stopped_training_goes_on_to_the_same_weights(teacher, tmp_path, ways):
     made = VisionDomain(replace(TINY, gating=replace(TINY.gating, **ways)))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -170,19 +169,6 @@ def test_a_stopped_training_goes_on_to_the_same_weights(teacher, tmp_path, ways)
     found = learn(parts, Watch())
     assert all(torch.equal(found[key], value) for key, value in expected.items())
     assert read_scalars(whole) == read_scalars(parts)
-
-
-def test_a_mixture_is_the_weighted_sum_of_two_images_beside_both_of_their_labels():
-    images = torch.arange(6, dtype=torch.uint8).reshape(6, 1, 1, 1) * 40
-    mixture, ((share, own), (rest, others)) = mixed(images, torch.arange(6), torch.Generator().manual_seed(1))
-    assert share + rest == 1
-    assert torch.equal(own, torch.arange(6))
-    assert sorted(others.tolist()) == list(range(6))
-    assert others.tolist() != list(range(6))
-    assert mixture.dtype == torch.uint8
-    expected = share * images.float() + rest * images[others].float()
-    torch.testing.assert_close(mixture.float(), expected, rtol=0, atol=0.5)
-    assert mixed(images, None, torch.Generator().manual_seed(1))[1] == []
 
 
 def test_settled_gates_go_on_at_a_twentieth_of_their_rate():
