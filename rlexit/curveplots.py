@@ -49,7 +49,7 @@ def learning_curves(seeds: Sequence[Scalars], title: str = "") -> Figure | None:
         for axes, (label, steps, name, found) in zip(
             np.atleast_1d(figure.subplots(1, len(panels))), panels, strict=True
         ):
-            colours = exit_colours(len(found) + 1) if name != "{}" else [INK, BLUE, ORANGE]
+            colours = exit_colours(len(found) + 1) if name != "{}" else [INK, BLUE, ORANGE, GREY]
             named = some_of(len(found))
             for place, (colour, (key, curves)) in enumerate(zip(colours, found, strict=False)):
                 _draw_curves(axes, curves, colour, name.format(key) if place in named else "")
