@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +38,7 @@ Say = Callable[..., Answer]
 
 
 @pytest.fixture
-def say(monkeypatch, tmp_path, capsys) -> Iterator[Say]:
+def say(monkeypatch, tmp_path, capsys) -> Say:
     """Runs the command line in an empty folder that holds the toy's config."""
     toy.register(monkeypatch)
     monkeypatch.chdir(tmp_path)
@@ -51,10 +51,7 @@ def say(monkeypatch, tmp_path, capsys) -> Iterator[Say]:
         out, err = capsys.readouterr()
         return Answer(code, out, err)
 
-    threads = torch.get_num_threads()
-    yield run
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(False)
+    return run
 
 
 def refused(answer: Answer) -> str:
@@ -76,7 +73,6 @@ def finished(tmp_path_factory) -> Path:
         patch.chdir(home)
         Path("toy.yaml").write_text(toy.YAML, encoding="utf-8")
         assert main(["run", "toy.yaml", "--threads", "1"]) == 0
-    torch.set_flush_denormal(False)
     return home / "runs"
 
 

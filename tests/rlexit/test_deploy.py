@@ -6,7 +6,7 @@ import importlib.util
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +65,7 @@ def root(trained, tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def say(root, monkeypatch, capsys) -> Iterator[Say]:
+def say(root, monkeypatch, capsys) -> Say:
     def tell(*words: str) -> tuple[int, str, str]:
         capsys.readouterr()
         monkeypatch.setattr(sys, "argv", ["rlexit", *words])
@@ -73,10 +73,7 @@ def say(root, monkeypatch, capsys) -> Iterator[Say]:
         out, err = capsys.readouterr()
         return code, out, err
 
-    threads = torch.get_num_threads()
-    yield tell
-    torch.set_num_threads(threads)
-    torch.set_flush_denormal(False)
+    return tell
 
 
 def refusal(answer: tuple[int, str, str]) -> str:

@@ -55,7 +55,8 @@ def test_a_backbone_goes_from_training_to_a_report(name, tmp_path: Path):
     assert len(exits) >= 2
     assert {row.count for row in exits} == {48}
     page = write_report([tmp_path], tmp_path / "report").read_text(encoding="utf-8")
-    assert f"Accuracy of every exit: toy-{name}" in page
+    assert "Accuracy of every exit" in page
+    assert f"toy-{name}" in page
 
 
 def test_dropout_and_batch_statistics_of_the_trunk_are_frozen_while_heads_learn(tmp_path):
