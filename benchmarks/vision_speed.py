@@ -3,7 +3,8 @@
 batched   real execution of a batch of 256 against the plain network in its faster memory layout: the time should be at most
           time_full x relative_macs / 0.75
 single    one image on one thread, leaving at every exit with all heads before it run, of the config with an exit per block
-          and of the recommended one: relative_macs / relative time should be at least 0.7 from the fourth exit on
+          and of the recommended one, in eager torch and in onnxruntime: relative_macs / relative time should be
+          at least 0.7 from the fourth exit on
 training  samples per second of training all exits side by side (SDN's and ZTW's heads) against the bare work, which is one
           frozen forward and every head's forward and backward: at least 0.6. And the peak memory of this process.
 
@@ -35,6 +36,7 @@ from rlexit.costs import cost_table
 from rlexit.distill import Distiller
 from rlexit.ensembles import ensembles
 from rlexit.exit_policy import ExitPolicy
+from rlexit.export import server_of
 from rlexit.network import StagedNetwork
 from rlexit.runtime import run
 from rlexit.settings import locate, resolve
@@ -44,6 +46,7 @@ from vision.budgets import batch_shares, batch_thresholds
 from vision.config import BackboneConfig, VisionConfig
 from vision.network import classifier
 
+Sides = tuple[dict[str, Callable[[], float]], list[Callable[[], float]]]
 CLASSES = 10
 SIDE = 32
 EVERY_BLOCK, LIGHT = "cifar10/resnet56_given", "cifar10/resnet56_light_given"
@@ -112,6 +115,32 @@ def leaving(exit: int, exits: int) -> ExitPolicy:
     return ExitPolicy("confidence", tuple(limits), f"exit {exit}")
 
 
+def torch_sides(network: StagedNetwork, row: Tensor, calls: int) -> Sides:
+    """Seconds of a call in eager torch: the plain network by memory layout, and leaving at every exit."""
+    full = {layout: partial(seconds, partial(plain(network, memory), row), calls) for layout, memory in LAYOUTS.items()}
+    exits = [
+        partial(seconds, partial(run, network, leaving(exit, network.exits), row), calls)
+        for exit in range(network.exits)
+    ]
+    return full, exits
+
+
+def served_sides(depth: int, network: StagedNetwork, row: Tensor, calls: int) -> Sides:
+    """The same in onnxruntime: exports with all heads, and of the network without any."""
+    checked = images(64)
+    bare = classifier(BackboneConfig(depth=depth, shortcut="A"), CLASSES, SIDE).eval()
+    whole = server_of(bare, ExitPolicy.full(1), checked, 1, "onnxruntime")
+    server = server_of(
+        network, ExitPolicy("confidence", (2.0,) * (network.exits - 1), "all"), checked, 1, "onnxruntime"
+    )
+    image = row[0].numpy()
+    exits = [
+        partial(seconds, partial(server.with_thresholds(leaving(exit, network.exits).thresholds).act, image), calls)
+        for exit in range(network.exits)
+    ]
+    return {"plain": partial(seconds, partial(whole.act, image), calls)}, exits
+
+
 def single(options: argparse.Namespace) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -119,31 +148,37 @@ def single(options: argparse.Namespace) -> None:
         for name in (EVERY_BLOCK, LIGHT):
             network = built(name, "ztw", options.depth)
             row = images(1)
-            costs = cost_table(network, row)
-            sides = {
-                layout: partial(seconds, partial(plain(network, memory), row), options.calls)
-                for layout, memory in LAYOUTS.items()
-            }
-            for exit in range(network.exits):
-                sides[f"exit {exit}"] = partial(
-                    seconds, partial(run, network, leaving(exit, network.exits), row), options.calls
-                )
-            for call in sides.values():
-                call()
-            found = alternate(sides, options.repeats)
-            full = min((found[layout] for layout in LAYOUTS), key=lambda times: sorted(times)[len(times) // 2])
-            print(f"| one image, {name} | full {spread([1e6 * time for time in full])} us |", flush=True)
-            for exit in range(network.exits):
-                ratios = [mine / whole for mine, whole in zip(found[f"exit {exit}"], full, strict=True)]
-                relative = costs.exits[exit] / costs.full
-                efficiency = sorted(relative / ratio for ratio in ratios)[len(ratios) // 2]
-                told = verdict(efficiency, LEAST_SINGLE) if exit >= 3 else f"{efficiency:.2f}"
-                print(
-                    f"| exit {exit} | relative MACs {relative:.3f} | time / full {spread(ratios, 3)} | {told} |",
-                    flush=True,
-                )
+            for runtime, sides_of in (
+                ("torch eager", torch_sides),
+                ("onnxruntime", partial(served_sides, options.depth)),
+            ):
+                full, exits = sides_of(network, row, options.calls)
+                told(f"{name}, {runtime}", network, full, exits, options.repeats)
     finally:
         torch.set_num_threads(threads)
+
+
+def told(
+    title: str,
+    network: StagedNetwork,
+    plains: dict[str, Callable[[], float]],
+    exits: list[Callable[[], float]],
+    repeats: int,
+) -> None:
+    """Prints a line per exit, against the faster of the plain ones."""
+    costs = cost_table(network, images(1))
+    sides = {**plains, **{f"exit {exit}": call for exit, call in enumerate(exits)}}
+    for call in sides.values():
+        call()
+    found = alternate(sides, repeats)
+    full = min((found[layout] for layout in plains), key=lambda times: sorted(times)[len(times) // 2])
+    print(f"| one image, {title} | full {spread([1e6 * time for time in full])} us |", flush=True)
+    for exit in range(network.exits):
+        ratios = [mine / whole for mine, whole in zip(found[f"exit {exit}"], full, strict=True)]
+        relative = costs.exits[exit] / costs.full
+        efficiency = sorted(relative / ratio for ratio in ratios)[len(ratios) // 2]
+        words = verdict(efficiency, LEAST_SINGLE) if exit >= 3 else f"{efficiency:.2f}"
+        print(f"| exit {exit} | relative MACs {relative:.3f} | time / full {spread(ratios, 3)} | {words} |", flush=True)
 
 
 def samples(count: int, batch: int, first: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
