@@ -199,9 +199,10 @@ def _served(entries: Sequence[Entry], rows: np.ndarray, runtime: str, threads: i
     servers: dict[int, Server] = {}
     found: dict[Key, Decide] = {}
     # An export has the stages of its exit policy, so that of the mix comes first.
-    for one in sorted(entries, key=lambda one: not one.mix):
-        if one.network.reuse is not None:
-            raise Absent(f"{one.method} may repeat its last answer: a row by itself says nothing about its steps")
+    alone = [one for one in entries if one.network.reuse is None]
+    if not alone:
+        raise Absent(f"{entries[0].method} may repeat its last answer: a row by itself says nothing about its steps")
+    for one in sorted(alone, key=lambda one: not one.mix):
         if id(one.network) not in servers:
             try:
                 server = server_of(one.network, one.policy, checked, threads, runtime)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from rlexit import serve
+from rlexit import contenders, serve
 from rlexit.config import GateConfig
 from rlexit.exit_policy import ExitPolicy
 from rlexit.export import ExportError, compare, export, server_of
@@ -21,6 +21,7 @@ from tests.rlexit.served import counted
 from tests.rlexit.test_leave import LEARNED, leaving, plain
 from tests.rlexit.test_reuse import repeating
 from tests.rlexit.test_serve import reseal
+from tests.rlexit.toy_domain import SMALL, domain
 from tests.rlexit.toys import EXITS, MAP, OUTPUTS, TOYS, parting, residual, scatter
 
 pytest.importorskip("onnx", reason="the extra `export` is not installed")
@@ -209,3 +210,16 @@ def test_a_memory_that_claims_nonsense_is_refused(tmp_path, change):
     reseal(folder, lambda manifest: change(manifest["reuse"]))
     with pytest.raises(serve.ServeError, match="no manifest of an export"):
         serve.load(folder)
+
+
+def test_a_bench_times_the_others_where_one_network_repeats_its_answers():
+    whole, task = ExitPolicy.full(EXITS), domain(SMALL)
+    entries = [
+        contenders.Entry("teacher", "full", TOYS["cascade"].network(), whole),
+        contenders.Entry("refined", "learned", repeating(), whole, mix=True),
+    ]
+    rows = TOYS["cascade"].inputs(8).numpy()
+    found = contenders.single(contenders.ORT, entries, task, rows)
+    assert [one.method for one in found] == ["teacher"]
+    with pytest.raises(contenders.Absent, match="refined may repeat its last answer"):
+        contenders.single(contenders.ORT, entries[1:], task, rows)
