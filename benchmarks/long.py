@@ -104,7 +104,7 @@ def stock(folder: Path, config: PPOConfig, seed: int) -> Curve:
 
 
 def curves(options: argparse.Namespace) -> None:
-    config = PPOConfig(total_steps=options.steps, n_envs=16, n_epochs=3, anneal=True)
+    config = PPOConfig(total_steps=options.steps, n_envs=16, n_epochs=3)
     sides: dict[str, Callable[[Path, PPOConfig, int], Curve]] = {"rlexit": ours, "sb3": stock}
     print("| side | seed | " + " | ".join(f"score at {mark:.0%} of {options.steps:,}" for mark in MARKS) + " |")
     last: dict[str, list[float]] = {name: [] for name in sides}
@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("curves", "memory"))
     parser.add_argument("--folder", type=Path, default=Path("runs/long"), help="state and curves")
-    parser.add_argument("--steps", type=int, default=2_000_000, help="env steps of each training")
+    parser.add_argument("--steps", type=int, default=600_000, help="env steps of each training")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--what", choices=("train", "distill"), default="distill")
     parser.add_argument("--minutes", type=float, default=60.0)
