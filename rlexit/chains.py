@@ -15,9 +15,8 @@ from typing import NamedTuple
 import numpy as np
 
 from rlexit.backends import Runner, one_line, runner
-from rlexit.exported import Port, ServeError
+from rlexit.exported import ANSWER, EXIT, LOGIT, OBSERVATION, SCORE, Port, ServeError
 
-OBSERVATION, ANSWER, SCORE, LOGIT, EXIT = "observation", "answer", "score", "logit", "exit"
 # What a stage hands on for so many rows fits in a core's second-level cache.
 BLOCK_BYTES = 1 << 20
 LEAST_BLOCK = 8

@@ -78,7 +78,10 @@ def export(
         found = compare(network, policy, serve.load(sibling), rows)
         if not found.holds:
             raise ExportError(f"`export` must act as the network does, got {found}. Nothing was written; report this.")
-        manifest = {**manifest, "parity": asdict(found)}
+        mean = {str(exit): macs for exit, macs in found.macs_mean.items()}
+        full = cost_table(network, example).full
+        manifest |= {"macs_mean": mean, "relative_macs_mean": {exit: macs / full for exit, macs in mean.items()}}
+        manifest |= {"parity": {name: value for name, value in asdict(found).items() if name != "macs_mean"}}
         _write(sibling, {}, manifest)
         _put(sibling, folder)
     finally:
@@ -114,7 +117,8 @@ def server_of(
         stages.append(serve.Stage(parts[f"stage{number}"], exit, serve.limit(policy.thresholds, exit), **ways))
     asks: Any = network.reuse
     reuse = serve.Reuse(parts["recall_asks"], parts["recall_looks"], asks.limit) if recall else None
-    server = serve.Server(_shape_facts(network, example) | {"format": "onnx"}, stages, threads, runtime, reuse)
+    facts = _shape_facts(network, example) | {"format": "onnx", "rule": policy.rule}
+    server = serve.Server(facts, stages, threads, runtime, reuse)
     found = compare(network, policy, server, rows)
     if not found.holds:
         raise ExportError(f"`export` must act as the network does, got {found}.")
@@ -213,6 +217,8 @@ def _manifest(
         **_shape_facts(network, example),
         "preprocessing": "inside the graph, which divides by 255; frames are given as float32 where its input is",
         "answer": "log-probabilities; the likeliest output is the action, its probability the confidence",
+        "costs": "macs: the most that a row can cost which leaves there, with all that may be skipped or is asked; "
+        "macs_mean: the mean of the rows that were checked",
         "macs": macs,
         "relative_macs": {exit: table.relative(spent) for exit, spent in macs.items()},
         "stages": stages,

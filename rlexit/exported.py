@@ -29,6 +29,10 @@ MAX_MACS = 1 << 48  # of one graph; the sum of all fits in 64 bits
 MAX_STAGES = 256
 MAX_VALUES = 1 << 24
 DTYPES = ("uint8", "float32", "int64")
+# What graphs call what they read and give; features, carried state and logits of exits have numbers in their names.
+OBSERVATION, ANSWER, SCORE, LOGIT, EXIT, VIEW = "observation", "answer", "score", "logit", "exit", "view"
+# What is kept from step to step where answers may be repeated; graphs read it as `memory_answer`, ...
+MEMORY = (ANSWER, VIEW, "left")
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 _HASH = re.compile(r"[0-9a-f]{64}")
 
@@ -110,49 +114,62 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
         raise ValueError("stages")
     if len([float(value) for value in manifest["thresholds"]]) != exits - 1:
         raise ValueError("thresholds")
-    _check_port({"name": "observation", **manifest["observation"]})
+    observed = {"name": OBSERVATION, **manifest["observation"]}
+    _check_port(observed)
     nested = manifest["format"] == "onnx-if"
-    shapes: dict[str, list[int]] = {"answer": [outputs], "score": [], "exit": [], "logit": [1]}
-    previous, follows = -1, False
     for number, entry in enumerate(stages):
-        last = number == len(stages) - 1
         _check_part(entry)
-        exit, ways = entry["exit"], {name for name in BRANCHES if entry.get(name) is not None}
-        for name in ways:
+        for name in _ways(entry):
             _check_part(entry[name])
-        gated = "runs" in ways
-        in_order = exit == -1 if nested or gated else previous < exit < exits and last == (exit == exits - 1)
-        in_order = in_order and not (gated and last)
-        allowed = {"runs", "skips"} if gated else {"alone"} if last else {"alone", "head"}
-        if type(exit) is not int or not in_order or not ways <= allowed:
-            raise ValueError("exit")
-        if gated:
-            _check_ways(entry)
-        elif follows != ("alone" in ways):
-            raise ValueError("alone")
-        follows = gated
-        previous = max(previous, exit)
-        wanted = {"exit"} if nested else {"logit"} if gated else {"score"} if not last else set()
-        if "head" in ways:
-            _check_outputs(entry["head"], {"answer"}, shapes)
-        elif not gated:
-            wanted |= {"answer"}
-        for part in (entry, *([entry["alone"]] if "alone" in ways else [])):
-            _check_outputs(part, wanted, shapes)
-        if gated and {"answer", "score"} & {port["name"] for port in entry["outputs"]}:
-            raise ValueError("outputs")
+        _check_place(stages, number, exits, nested)
+        _check_told(entry, nested, number == len(stages) - 1, outputs)
     for macs in manifest["macs"].values() if nested else ():
         _check_macs(macs)
     if manifest.get("reuse") is not None:
         _check_reuse(manifest)
-    parts = [one for entry in stages for one in (entry, *(entry[name] for name in BRANCHES if entry.get(name)))]
-    if sum(one["bytes"] for one in parts) > MAX_BYTES:
+    if sum(one["bytes"] for entry in stages for one in (entry, *(entry[name] for name in _ways(entry)))) > MAX_BYTES:
         raise ValueError(f"more than {MAX_BYTES} bytes")
-    first = [port for port in stages[0]["inputs"] if port["name"] == "observation"]
-    told = {"name": "observation", **manifest["observation"]}
+    first = [port for port in stages[0]["inputs"] if port["name"] == OBSERVATION]
     # Frames may be given to the graph as float32 of the same values.
-    if first not in ([told], [{**told, "dtype": "float32"}] if told["dtype"] == "uint8" else [told]):
-        raise ValueError("observation")
+    if first not in ([observed], [{**observed, "dtype": "float32"}] if observed["dtype"] == "uint8" else [observed]):
+        raise ValueError(OBSERVATION)
+
+
+def _ways(entry: dict[str, Any]) -> list[str]:
+    """Which graphs a stage has besides its own."""
+    return [name for name in BRANCHES if entry.get(name) is not None]
+
+
+def _check_place(stages: Sequence[dict[str, Any]], number: int, exits: int, nested: bool) -> None:
+    """A stage ends where its place among the others lets it, and has the ways that such an end has."""
+    entry, last = stages[number], number == len(stages) - 1
+    exit, ways = entry["exit"], set(_ways(entry))
+    gated = "runs" in ways
+    previous = max((one["exit"] for one in stages[:number]), default=-1)
+    in_order = exit == -1 if nested or gated else previous < exit < exits and last == (exit == exits - 1)
+    allowed = {"runs", "skips"} if gated else {"alone"} if last else {"alone", "head"}
+    if type(exit) is not int or not in_order or (gated and last) or not ways <= allowed:
+        raise ValueError(EXIT)
+    if gated:
+        _check_gated(entry)
+    elif ("alone" in ways) != (number > 0 and "runs" in _ways(stages[number - 1])):
+        raise ValueError("alone")
+
+
+def _check_told(entry: dict[str, Any], nested: bool, last: bool, outputs: int) -> None:
+    """The graphs of a stage give what is read off them, in its shape, and a gated one gives nothing that ends a row."""
+    shapes: dict[str, list[int]] = {ANSWER: [outputs], SCORE: [], EXIT: [], LOGIT: [1]}
+    ways = _ways(entry)
+    gated = "runs" in ways
+    wanted = {EXIT} if nested else {LOGIT} if gated else {SCORE} if not last else set()
+    if "head" in ways:
+        _check_outputs(entry["head"], {ANSWER}, shapes)
+    elif not gated:
+        wanted |= {ANSWER}
+    for part in (entry, *([entry["alone"]] if "alone" in ways else [])):
+        _check_outputs(part, wanted, shapes)
+    if gated and {ANSWER, SCORE} & {port["name"] for port in entry["outputs"]}:
+        raise ValueError("outputs")
 
 
 def _upgrade(manifest: dict[str, Any]) -> None:
@@ -185,7 +202,7 @@ def _check_outputs(entry: dict[str, Any], wanted: set[str], shapes: dict[str, li
             raise ValueError(name)
 
 
-def _check_ways(entry: dict[str, Any]) -> None:
+def _check_gated(entry: dict[str, Any]) -> None:
     """The ways past a gated unit give the same tensors, or the one there is works in place."""
     told = entry["runs"]["outputs"]
     if entry.get("skips") is not None:
@@ -206,17 +223,14 @@ def _check_reuse(manifest: dict[str, Any]) -> None:
         _check_part(reuse[name])
     read = {port["name"]: port for port in reuse["asks"]["inputs"]}
     told = {port["name"]: port for port in reuse["asks"]["outputs"]}
-    if set(read) != {"observation", "memory_answer", "memory_view", "memory_left"} or set(told) != {"view", "logit"}:
+    if set(read) != {OBSERVATION, *(f"memory_{name}" for name in MEMORY)} or set(told) != {VIEW, LOGIT}:
         raise ValueError("asks")
-    if reuse["looks"]["outputs"] != [told["view"]] or reuse["looks"]["inputs"] != [read["observation"]]:
+    if reuse["looks"]["outputs"] != [told[VIEW]] or reuse["looks"]["inputs"] != [read[OBSERVATION]]:
         raise ValueError("looks")
-    same = (read["memory_view"]["shape"], read["memory_answer"]["shape"], told["logit"]["shape"], first)
-    if (
-        same != (told["view"]["shape"], [manifest["outputs"]], [1], [read["observation"]])
-        or read["memory_left"]["shape"]
-    ):
+    kept = [(read[f"memory_{name}"]["shape"], read[f"memory_{name}"]["dtype"]) for name in MEMORY]
+    if kept != [([manifest["outputs"]], "float32"), (told[VIEW]["shape"], "float32"), ([], "int64")]:
         raise ValueError("memory")
-    if [read[f"memory_{name}"]["dtype"] for name in ("answer", "view", "left")] != ["float32", "float32", "int64"]:
+    if told[LOGIT]["shape"] != [1] or first != [read[OBSERVATION]]:
         raise ValueError("memory")
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from rlexit.exit_policy import ExitPolicy
-from rlexit.exported import Port
+from rlexit.exported import ANSWER, LOGIT, MEMORY, OBSERVATION, SCORE, VIEW, Port
 from rlexit.gates.layer import RecurrentGate
 from rlexit.network import StagedNetwork
 from rlexit.rewrites import PlainOperators, given_as, rewritten
@@ -28,7 +28,6 @@ from rlexit.state import leaves_of
 __all__ = ["ExportError", "Graph", "Plan", "Port", "Traced", "check_exportable", "recall_graphs", "stage_graphs"]
 
 OPSET = 18
-OBSERVATION, ANSWER, SCORE, LOGIT = "observation", "answer", "score", "logit"
 # Traced with more than one row, so that a shape which is made from the number of rows is not taken for a constant 1.
 TRACED_ROWS = 2
 
@@ -152,12 +151,12 @@ def recall_graphs(network: StagedNetwork, example: Tensor) -> dict[str, Traced]:
     copied, observation = _copied(network, example)
     reuse: Any = copied.reuse
     memory = reuse.fresh(TRACED_ROWS)
-    given = {OBSERVATION: observation, **{f"memory_{name}": memory[name] for name in ("answer", "view", "left")}}
+    given = {OBSERVATION: observation, **{f"memory_{name}": memory[name] for name in MEMORY}}
     found = {}
     for name, names in (("asks", list(given)), ("looks", [OBSERVATION])):
         module = RecallModule(copied, name == "asks").eval()
         read = {one: given[one] for one in names}
-        found[name] = _traced(module, read, dict(zip(("view", LOGIT), _results(module, read), strict=False)))
+        found[name] = _traced(module, read, dict(zip((VIEW, LOGIT), _results(module, read), strict=False)))
     return found
 
 

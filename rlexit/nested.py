@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from rlexit.exit_policy import ExitPolicy
-from rlexit.graphs import ANSWER, LOGIT, SCORE, Graph, Port, Traced
+from rlexit.exported import ANSWER, EXIT, LOGIT, SCORE, Port
+from rlexit.graphs import Graph, Traced
 from rlexit.stageplans import ExportError
 
 Name = Callable[[str], str]
@@ -175,7 +176,7 @@ def nested_graph(graphs: Sequence[Graph], policy: ExitPolicy, outputs: int) -> T
             "`--format` onnx-if is for networks whose rows all run the same, got gates. Use --format onnx."
         )
     models = [_parsed(graph.data) for graph in graphs]
-    told = (Port(ANSWER, (outputs,), "float32"), Port("exit", (), "int64"))
+    told = (Port(ANSWER, (outputs,), "float32"), Port(EXIT, (), "int64"))
 
     def told_by(stage: int, suffix: str = "") -> list[Any]:
         return [_info(f"{port.name}_{stage}{suffix}", port) for port in told]

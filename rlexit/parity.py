@@ -7,7 +7,9 @@ each other.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections import defaultdict
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,12 +19,15 @@ from torch import Tensor
 from rlexit import serve
 from rlexit.exit_policy import ExitPolicy
 from rlexit.gatelogits import is_settled
+from rlexit.gates.reuse import forget
 from rlexit.network import StagedNetwork
 from rlexit.runtime import RunResult, run
 
 TOLERANCE = 1e-4
 CHUNK = 256
 SINGLES = 256
+# Steps after which a game of the comparison ends, each at another one: played ones may all be longer than that.
+GAME = 17
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,9 @@ class Parity:
         gates: rows that a gate decided otherwise.
         macs: rows that cost another number of multiply-adds.
         unexplained: those of all that no tie explains.
-        furthest: of the rows with another exit, the largest distance of the score to its threshold; 0 if there are none.
+        furthest: of the rows with another exit, the largest distance of the score to its threshold (for patience, of two
+            outputs); 0 if there are none.
+        macs_mean: multiply-adds of the export's rows by where they left, on average; K where they repeated an answer.
         tolerance: what counts as near.
     """
 
@@ -49,6 +56,7 @@ class Parity:
     macs: int
     unexplained: int
     furthest: float
+    macs_mean: dict[int, float]
     tolerance: float = TOLERANCE
 
     @property
@@ -76,6 +84,12 @@ class _Found:
     macs: int = 0
     unexplained: int = 0
     furthest: float = 0.0
+    spent: defaultdict[int, list[int]] = field(default_factory=lambda: defaultdict(list))
+
+    def told(self) -> Parity:
+        """All of it."""
+        counted = {name: value for name, value in vars(self).items() if name != "spent"}
+        return Parity(**counted, macs_mean={exit: float(np.mean(macs)) for exit, macs in sorted(self.spent.items())})
 
 
 def compare(network: StagedNetwork, policy: ExitPolicy, server: serve.Server, rows: Tensor) -> Parity:
@@ -96,19 +110,24 @@ def compare(network: StagedNetwork, policy: ExitPolicy, server: serve.Server, ro
             wanted, got = run(network, policy, chunk), server.run(chunk.numpy())
             told = _compared(network, policy, chunk, wanted, got, found)
             for row in range(min(len(chunk), SINGLES - found.rows)):
-                one = server.act(chunk[row].numpy())
-                same = (one[0], one[1]) == (int(got.answers[row].argmax()), int(got.exits[row]))
-                found.unexplained += not same and not told[row] and not _is_near(network, wanted, policy, row)
+                same = _acts(server, chunk[row], got.answers[row], int(got.exits[row]), found)
+                found.unexplained += not (same or told[row] or _is_near(network, policy, chunk, wanted, row))
             found.rows += len(chunk)
-    return Parity(**vars(found))
+    return found.told()
 
 
 def _in_steps(network: StagedNetwork, policy: ExitPolicy, server: serve.Server, steps: Tensor, found: _Found) -> None:
-    """Compares steps in a row, in which both remember; then those of the first environment alone, one by one."""
+    """Compares steps in a row, in which both remember; then those of the first environment alone, one by one.
+
+    Games end at different steps, and the others of the batch go on.
+    """
     memory: Any = None
     server.reset()
-    for step in steps:
+    for number, step in enumerate(steps):
         step = step.cpu()
+        if len(ended := [row for row in range(len(step)) if number and number % GAME == row % GAME]):
+            server.reset(ended)
+            memory = forget(memory, torch.tensor(ended))
         wanted, got = run(network, policy, step, memory=memory), server.run(step.numpy())
         told = _compared(network, policy, step, wanted, got, found)
         memory = wanted.memory
@@ -118,14 +137,28 @@ def _in_steps(network: StagedNetwork, policy: ExitPolicy, server: serve.Server, 
         found.rows += len(step)
     memory = None
     server.reset()
-    for step in steps[:SINGLES]:
-        wanted = run(network, policy, step[:1].cpu(), memory=memory)
-        one = server.act(step[0].cpu().numpy())
+    for number, step in enumerate(steps[:SINGLES]):
+        first = step[:1].cpu()
+        if number and number % GAME == 0:
+            server.reset([0])
+            memory = forget(memory, torch.tensor([0]))
+        wanted = run(network, policy, first, memory=memory)
         memory = wanted.memory
-        if (one[0], one[1]) != (int(wanted.answers[0].argmax()), int(wanted.exits[0])):
-            found.unexplained += not _is_near(network, wanted, policy, 0)
+        if not _acts(server, first[0], wanted.answers[0].numpy(), int(wanted.exits[0]), found):
+            found.unexplained += not _is_near(network, policy, first, wanted, 0)
             _hand_over(server, memory, [0])
     server.reset()
+
+
+def _acts(server: serve.Server, observation: Tensor, answer: np.ndarray, exit: int, found: _Found) -> bool:
+    """Whether one observation by itself gets this action at this exit; notes how far their probabilities lie apart."""
+    one = server.act(observation.numpy())
+    if (one[0], one[1]) != (int(answer.argmax()), exit):
+        return False
+    difference = abs(float(one[2]) - math.exp(answer.max()))
+    # NaN is a difference, which a comparison would pass over.
+    found.answers = max(found.answers, math.inf if math.isnan(difference) else difference)
+    return True
 
 
 def _hand_over(server: serve.Server, memory: dict[str, Tensor], rows: list[int]) -> None:
@@ -151,6 +184,8 @@ def _compared(
     found.answers = max(found.answers, float(np.nan_to_num(difference[same_way], nan=np.inf).max(initial=0.0)))
     found.actions, found.exits = found.actions + int(told.sum()), found.exits + int(moved.sum())
     found.gates, found.macs = found.gates + int(parted.sum()), found.macs + int(charged.sum())
+    for exit in np.unique(got.exits).tolist():
+        found.spent[exit] += got.macs[got.exits == exit].tolist()
     for row in np.flatnonzero(moved | told | parted | charged).tolist():
         if parted[row]:
             first = int(np.argmax(asked[row] & (decisions[row] != got.decisions[row])))
@@ -159,10 +194,11 @@ def _compared(
             distance = abs(float(wanted.reuse.log_prob[row].exp()) - 0.5)
         elif moved[row]:
             exit = int(min(left[row], got.exits[row]))
-            distance = abs(float(wanted.scores[row, exit]) - policy.thresholds[exit])
             if policy.scorer.needs_every_exit:
-                # A rule that counts agreeing exits jumps where two outputs tie, far from any threshold.
-                distance = min(distance, _gap(network, chunk[row : row + 1], exit))
+                # Who counts agreeing exits jumps where two outputs tie; to be at a threshold is nothing to such a count.
+                distance = _gap(network, chunk[row : row + 1], exit)
+            else:
+                distance = abs(float(wanted.scores[row, exit]) - policy.thresholds[exit])
             found.furthest = max(found.furthest, distance)
         elif charged[row]:
             distance = np.inf
@@ -187,14 +223,18 @@ def _decisions(network: StagedNetwork, wanted: RunResult) -> tuple[np.ndarray, n
     return actions, chances
 
 
-def _is_near(network: StagedNetwork, wanted: RunResult, policy: ExitPolicy, row: int) -> bool:
+def _is_near(network: StagedNetwork, policy: ExitPolicy, chunk: Tensor, wanted: RunResult, row: int) -> bool:
     """Whether anything about a row nearly came out otherwise: a score, a gate, or the likeliest output."""
-    distances = (wanted.scores[row, :-1] - torch.tensor(policy.thresholds)).abs()
+    if policy.scorer.needs_every_exit:
+        scored = _gap(network, chunk[row : row + 1], int(wanted.exits[row])) <= TOLERANCE
+    else:
+        distances = (wanted.scores[row, :-1] - torch.tensor(policy.thresholds)).abs()
+        scored = bool((distances <= TOLERANCE).any())
     first, second = wanted.answers[row].exp().topk(2).values.tolist() if wanted.answers.shape[1] > 1 else (1.0, 0.0)
     chances = _decisions(network, wanted)[1][row]
     gated = bool((np.abs(chances - 0.5) <= TOLERANCE).any())
     reused = wanted.reuse is not None and abs(float(wanted.reuse.log_prob[row].exp()) - 0.5) <= TOLERANCE
-    return bool((distances <= TOLERANCE).any()) or first - second <= TOLERANCE or gated or reused
+    return scored or first - second <= TOLERANCE or gated or reused
 
 
 @torch.no_grad()

@@ -11,10 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rlexit.chains import LOGIT, OBSERVATION, ONE_ROW, Opened, Part, buffer, refused
-from rlexit.exported import Port, ServeError
-
-MEMORY = ("answer", "view", "left")
+from rlexit.chains import ONE_ROW, Opened, Part, buffer, refused
+from rlexit.exported import ANSWER, LOGIT, MEMORY, OBSERVATION, VIEW, Port, ServeError
 
 
 @dataclass(frozen=True)
@@ -49,10 +47,10 @@ class Recall:
         # One environment lives in fixed buffers, of which the graphs' calls know.
         self._memory = {name: buffer(self._ports[name]) for name in MEMORY}
         self.observation = buffer(self._reads)
-        self._view, self._logit = buffer(self._port("view")), buffer(self._port(LOGIT))
-        told = {"view": self._view, LOGIT: self._logit}
+        self._view, self._logit = buffer(self._port(VIEW)), buffer(self._port(LOGIT))
+        told = {VIEW: self._view, LOGIT: self._logit}
         self._asks = opened.bind(reuse.asks, self._given(self.observation, self._memory), told, ONE_ROW)
-        self._looks = opened.bind(reuse.looks, {OBSERVATION: self.observation}, {"view": self._view}, ONE_ROW)
+        self._looks = opened.bind(reuse.looks, {OBSERVATION: self.observation}, {VIEW: self._view}, ONE_ROW)
         self._many: dict[str, np.ndarray] | None = None
         self._started = False
 
@@ -83,19 +81,19 @@ class Recall:
                 self._asks()
                 if self._logit.item(0) <= 0:
                     self._memory["left"][0] -= 1
-                    answer: np.ndarray = self._memory["answer"][0]
+                    answer: np.ndarray = self._memory[ANSWER][0]
                     return answer
             else:
                 self._looks()
         except Exception as error:
             raise refused(ONE_ROW, error) from error
-        np.copyto(self._memory["view"], self._view)
+        np.copyto(self._memory[VIEW], self._view)
         self._memory["left"][0] = self._reuse.limit
         return None
 
     def keep_one(self, answer: np.ndarray) -> None:
         """Remembers what was computed (A,)."""
-        np.copyto(self._memory["answer"][0], answer)
+        np.copyto(self._memory[ANSWER][0], answer)
 
     def many(self, observations: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of (B, ...) observations: (B,) who computes, (B, A) answers of the others, (B,) multiply-adds of asking."""
@@ -104,7 +102,7 @@ class Recall:
         given = observations.astype(self._reads.dtype, copy=False)
         asked = memory["left"] > 0
         computes = np.ones(len(given), dtype=bool)
-        views = np.empty_like(memory["view"])
+        views = np.empty_like(memory[VIEW])
         for wanted, part in ((asked, self._reuse.asks), (~asked, self._reuse.looks)):
             index = np.flatnonzero(wanted)
             if not len(index):
@@ -112,16 +110,16 @@ class Recall:
             found = {port.name: np.empty((len(index), *port.shape), dtype=port.dtype) for port in part.outputs}
             few = {name: one[index] for name, one in self._given(given, memory).items()}
             self._opened.call(part, {port.name: few[port.name] for port in part.inputs}, found)
-            views[index] = found["view"]
+            views[index] = found[VIEW]
             if LOGIT in found:
                 computes[index] = found[LOGIT][:, 0] > 0
-        memory["view"][computes] = views[computes]
+        memory[VIEW][computes] = views[computes]
         memory["left"][:] = np.where(computes, self._reuse.limit, memory["left"] - 1)
-        return computes, memory["answer"].copy(), asked * np.int64(self._reuse.asks.macs)
+        return computes, memory[ANSWER].copy(), asked * np.int64(self._reuse.asks.macs)
 
     def keep(self, computes: np.ndarray, answers: np.ndarray) -> None:
         """Remembers what was computed: (n, A) answers of the (B,) rows that did."""
-        self._held(len(computes))["answer"][computes] = answers
+        self._held(len(computes))[ANSWER][computes] = answers
 
     def become(self, memory: dict[str, np.ndarray], rows: Sequence[int]) -> None:
         """Takes over what some environments remember elsewhere: (B, ...) each."""

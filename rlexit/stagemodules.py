@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlexit.exported import MEMORY
 from rlexit.gatelogits import logit_of, runs_always
 from rlexit.network import StagedNetwork
 from rlexit.rewrites import MixedHead, RewrittenHead, newest, prepared
@@ -161,7 +162,7 @@ class RecallModule(nn.Module):
         view = reuse.view(newest(self.network, inputs))
         if not self.asks:
             return (view,)
-        known = dict(zip(("answer", "view", "left"), memory, strict=True))
+        known = dict(zip(MEMORY, memory, strict=True))
         return (view, reuse.net(reuse.reads(view, known)))
 
 
