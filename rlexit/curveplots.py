@@ -51,7 +51,7 @@ def learning_curves(seeds: Sequence[Scalars], title: str = "") -> Figure | None:
         ):
             colours = exit_colours(len(found) + 1) if name != "{}" else [INK, BLUE, ORANGE, GREY]
             named = some_of(len(found))
-            for place, (colour, (key, curves)) in enumerate(zip(colours, found, strict=False)):
+            for place, (colour, (key, curves)) in enumerate(zip(colours[: len(found)], found, strict=True)):
                 _draw_curves(axes, curves, colour, name.format(key) if place in named else "")
             axes.set(xlabel=steps, ylabel=label)
             axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))

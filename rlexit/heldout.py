@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from contextlib import ExitStack
 
 import numpy as np
@@ -37,10 +38,14 @@ def held_out(session: Session, network: StagedNetwork, policy: ExitPolicy, count
         if len(rows) < count:
             more = session.domain.rows(network, ExitPolicy.full(network.exits), count - len(rows), watch)
             # A domain whose held-out rows are a fixed set has no others.
-            known = {hash(row.numpy().tobytes()) for row in rows}
-            fresh = [row for row in more if hash(row.numpy().tobytes()) not in known]
+            known = set(map(_digest, rows))
+            fresh = [row for row in more if _digest(row) not in known]
             rows = torch.cat([rows, torch.stack(fresh)[: count - len(rows)]]) if fresh else rows
     return rows
+
+
+def _digest(row: Tensor) -> bytes:
+    return hashlib.sha256(row.numpy().tobytes()).digest()
 
 
 def steps(session: Session, network: StagedNetwork, policy: ExitPolicy, count: int) -> Tensor:

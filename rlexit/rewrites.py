@@ -46,10 +46,15 @@ class PlainOperators(TorchFunctionMode):
         zeros_wanted = given.get("mode", "constant") == "constant" and not given.get("value")
         if func is functional.pad and zeros_wanted and len(args[1]) == 6 and not any(args[1][:4]):
             features, (before, after) = args[0], args[1][4:]
-            if max(before, after) <= int(features.shape[1]):
-                zeros = [[features[:, :count] * 0] if count else [] for count in (before, after)]
-                return torch.cat([*zeros[0], features, *zeros[1]], dim=1)
+            if min(before, after) >= 0:
+                return torch.cat([*_zeros(features, before), features, *_zeros(features, after)], dim=1)
         return func(*args, **given)
+
+
+def _zeros(features: Tensor, count: int) -> list[Tensor]:
+    """So many channels of zeros, in parts."""
+    whole, rest = divmod(count, int(features.shape[1]))
+    return [features * 0] * whole + ([features[:, :rest] * 0] if rest else [])
 
 
 def _averages(features: Tensor, places: list[list[tuple[int, int]]]) -> Tensor:

@@ -176,20 +176,23 @@ def _budget_caption(rows: Sequence[BudgetRow]) -> str:
 
 def _fixed_blocks(of: str, rows: Sequence[BudgetRow]) -> list[Block]:
     """Networks that every row passes to the end, and what exits reach at their compute."""
-    groups: dict[str, list[BudgetRow]] = defaultdict(list)
+    # Seeds that were tested on other numbers of rows are no seeds of one measurement.
+    groups: dict[tuple[str, int], list[BudgetRow]] = defaultdict(list)
     for row in rows:
         if row.choice == FIXED:
             # What it spends differs from seed to seed where gates decide; nobody gave it a budget.
-            groups[_name(row)].append(replace(row, budget=math.inf))
+            groups[_name(row), row.count].append(replace(row, budget=math.inf))
     if not groups:
         return []
+    names = [name for name, _ in groups]
     honest = [row for row in rows if row.choice == HONEST]
     several = any(len(mine) > 1 for mine in groups.values())
     lines = []
-    for name, mine in groups.items():
+    for (name, count), mine in groups.items():
         [mean] = over_seeds(mine)
+        told = f"{name} ({count} rows)" if names.count(name) > 1 else name
         each = [" / ".join(percent(row.value) for row in mine) if len(mine) > 1 else ""] if several else []
-        lines.append((mean.relative_macs, [name, tables.number(mean.relative_macs, 3), percent(mean.value), *each]))
+        lines.append((mean.relative_macs, [told, tables.number(mean.relative_macs, 3), percent(mean.value), *each]))
     header = ["network", "relative MACs", f"{rows[0].metric} %", *(["seed by seed"] if several else [])]
     found: list[Block] = [
         Heading(f"Networks without early exits{of}", level=3 if honest else 2),

@@ -12,7 +12,7 @@ from rlexit.config import HeadConfig
 from rlexit.ensembles import ensembles
 from rlexit.exit_policy import ExitPolicy
 from rlexit.export import ExportError, compare, export
-from rlexit.graphs import check_exportable, plan_stages, stage_graphs
+from rlexit.graphs import _trace, check_exportable, plan_stages, stage_graphs
 from rlexit.heads import PooledConvHead
 from rlexit.network import StagedNetwork
 from rlexit.rewrites import PlainOperators, RewrittenHead
@@ -148,6 +148,8 @@ def test_the_ensemble_is_part_of_the_last_linear_layer_of_its_exit(rule, kept):
         lambda features: functional.adaptive_avg_pool2d(features, output_size=(3, 2)),
         lambda features: functional.pad(features, (0, 0, 0, 0, 1, 2)),
         lambda features: functional.pad(features, pad=(0, 0, 0, 0, 1, 2)),
+        lambda features: functional.pad(features, (0, 0, 0, 0, 4, 9)),
+        lambda features: functional.pad(features, (0, 0, 0, 0, -1, 2)),
         lambda features: functional.pad(features, (0, 0, 0, 0, 1, 2), value=1.0),
         lambda features: functional.pad(features, (0, 0, 0, 0, 1, 2), "constant", 1.0),
     ],
@@ -157,6 +159,16 @@ def test_plain_operators_say_the_same_however_they_are_asked(call):
     with PlainOperators():
         found = call(features)
     torch.testing.assert_close(found, call(features))
+
+
+def test_channels_are_padded_without_an_operator_that_makes_sizes():
+    class Padded(torch.nn.Module):
+        def forward(self, features):
+            return functional.pad(features, (0, 0, 0, 0, 2, 7))
+
+    rows = torch.randn(2, 3, 5, 4)
+    data = _trace(Padded(), (rows,), ["rows"], ["padded"])
+    assert {node.op_type for node in onnx.load_from_string(data).graph.node} <= {"Concat", "Constant", "Mul", "Slice"}
 
 
 def test_frames_are_converted_outside_of_the_first_graph():

@@ -114,6 +114,13 @@ def test_a_teacher_and_gates_have_curves_too() -> None:
     assert [axes.get_ylabel() for axes in gates.axes] == ["compute / full network", "gate open (share of rows)"]
 
 
+def test_every_curve_of_a_panel_is_drawn() -> None:
+    tags = ["train/accuracy", "held_out/accuracy", "gating/accuracy", "refine/accuracy"]
+    figure = curveplots.learning_curves([[(step, tag, 0.5) for tag in tags for step in (0, 1)]])
+    assert figure is not None
+    assert len({line.get_color() for line in figure.axes[0].lines}) == len(tags)
+
+
 def test_aggregates_without_an_interval_can_be_drawn() -> None:
     figure = plots.aggregate([("ztw", "a", Interval(0.9, math.nan, math.nan)), ("new", "b", Interval(0.8, 0.7, 0.9))])
     assert [bar.get_width() for bar in figure.axes[0].patches] == [pytest.approx(0.2)]

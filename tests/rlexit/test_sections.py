@@ -218,6 +218,20 @@ def test_networks_without_a_seed_in_common_are_not_compared(tmp_path):
     assert len(bullets.items) == 1
 
 
+def test_seeds_that_were_tested_on_other_numbers_of_rows_have_a_line_each(tmp_path):
+    fixed = replace(BUDGET, method="layer_gates", choice="fixed", budget=0.5, relative_macs=0.5)
+    folders = [
+        folder_of(tmp_path / "s0", BUDGET, fixed),
+        folder_of(tmp_path / "s1", replace(fixed, run_seed=1, count=500, value=0.6)),
+        folder_of(tmp_path / "s2", replace(fixed, run_seed=2, value=0.9)),
+    ]
+    lines = [line for table in tables_in(told(folders)) for line in table.rows if line[0].startswith("layer_gates")]
+    assert lines == [
+        ["layer_gates (1000 rows)", "0.500", "85.00", "80.00 / 90.00"],
+        ["layer_gates (500 rows)", "0.500", "60.00", ""],
+    ]
+
+
 def test_what_one_seed_lacks_has_no_mean_and_a_network_trained_once_meets_all_seeds(tmp_path):
     folders = [
         folder_of(tmp_path / "s0", BUDGET, replace(BUDGET, budget=0.25, relative_macs=0.2)),
