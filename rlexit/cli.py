@@ -134,8 +134,9 @@ def _common(verb: str) -> Parser:
     parser.add_argument("--threads", type=int, default=None, help="torch threads (default: all cores)")
     parser.add_argument("--force", action="store_true", help="start stages of another config over")
     parser.add_argument("--dry_run", action="store_true", help="resolve, build and count; write nothing")
-    if verb in ("train", "distill", "evaluate"):
-        parser.add_argument("--device", default="cpu", help="that networks learn and play on: cpu, cuda or cuda:N")
+    if verb in ("train", "distill", "evaluate", "bench"):
+        what = "that torch is timed on" if verb == "bench" else "that networks learn and play on"
+        parser.add_argument("--device", default="cpu", help=f"{what}: cpu, cuda or cuda:N")
     if verb == "video":
         parser.add_argument("--episode", type=int, default=0, help="index of the test episode")
         parser.add_argument("--policy", default=None, help="label of a calibrated exit policy (default: the first)")

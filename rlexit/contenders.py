@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import util
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,7 +26,10 @@ from rlexit.serve import Server
 
 EAGER, COMPILED, PREDICT, ORT, OPENVINO = "torch eager", "torch compiled", "sb3 predict", "onnxruntime", "openvino"
 RUNTIMES = {"eager": EAGER, "compiled": COMPILED, "predict": PREDICT, "onnxruntime": ORT, "openvino": OPENVINO}
+ON_DEVICES = ("eager", "compiled")
 FULL, LOOP = "full", ", whole loop"
+# An exit with this threshold is built, or its leave gate asked, and nobody leaves there; with its negative everybody does.
+NOBODY = 1e30
 # One observation (...), or a batch of them, to an action or actions.
 Decide = Callable[[np.ndarray], object]
 Key = tuple[str, str]
@@ -58,46 +63,89 @@ class Entry:
         return self.method, self.label
 
 
-def single(runtime: str, entries: Sequence[Entry], domain: Domain, rows: np.ndarray) -> list[Contender]:
+class Lineup(NamedTuple):
+    """Who is timed, and why others of the entries are not, by method and label."""
+
+    contenders: list[Contender]
+    missing: dict[Key, str]
+
+
+def exits_of(method: str, network: StagedNetwork, policy: ExitPolicy) -> list[Entry]:
+    """Every exit by itself, as the rows pay for it that leave there in a mix: earlier exits are met, and passed.
+
+    Args:
+        method: as in `rlexit.rows.Row`.
+        network: in evaluation mode.
+        policy: of the mix; what it closes stays closed.
+    Returns:
+        `exit 0`, ..., `nothing leaves`; nothing for a network without early exits, and none that is the mix itself.
+    """
+    found = []
+    for exit in range(network.exits if network.exits > 1 else 0):
+        limits = [math.inf if limit == math.inf else NOBODY for limit in policy.thresholds]
+        if exit < len(limits):
+            # Not -inf, which would ask no leave gate: graphs always ask it.
+            limits[exit] = -NOBODY
+        name = f"exit {exit}" if exit < network.exits - 1 else "nothing leaves"
+        if name != policy.label:
+            found.append(Entry(method, name, network, ExitPolicy(policy.rule, tuple(limits), name)))
+    return found
+
+
+def single(runtime: str, entries: Sequence[Entry], domain: Domain, rows: np.ndarray, device: str = "cpu") -> Lineup:
     """One decision after the other.
 
     Args:
         runtime: of `RUNTIMES`.
         entries: what takes part; `predict` times the full network and the mix only.
         domain: the task.
-        rows: (N, ...) observations.
+        rows: (N, ...) observations, on the CPU as whoever asks has them.
+        device: that torch decides on, the way there and back included; other runtimes stay on the CPU.
     Raises:
         Absent: the runtime cannot take part.
     """
     shown = _shown(runtime, entries)
-    deciders = _deciders(runtime, shown, domain, rows)
-    return [
-        Contender(one.method, one.label, RUNTIMES[runtime], decide, rows)
+    deciders, missing = _deciders(runtime, shown, domain, rows, device=device)
+    found = [
+        Contender(one.method, one.label, _named(runtime, device), deciders[one.key], rows)
         for one in shown
-        if (decide := deciders.get(one.key)) is not None
+        if one.key in deciders
     ]
+    return Lineup(found, missing)
 
 
 def batched(
-    runtime: str, entries: Sequence[Entry], domain: Domain, rows: np.ndarray, size: int, threads: int
-) -> list[Contender]:
+    runtime: str,
+    entries: Sequence[Entry],
+    domain: Domain,
+    rows: np.ndarray,
+    size: int,
+    threads: int,
+    device: str = "cpu",
+) -> Lineup:
     """Batches of rows: (calls, size, ...) of them; see `single`.
 
     Raises:
         Absent: the runtime cannot take part.
     """
     shown = _shown(runtime, entries)
-    deciders = _deciders(runtime, shown, domain, rows[0], threads)
-    return [
-        Contender(one.method, one.label, RUNTIMES[runtime], decide, rows, size, threads)
+    deciders, missing = _deciders(runtime, shown, domain, rows[0], threads, device)
+    found = [
+        Contender(one.method, one.label, _named(runtime, device), deciders[one.key], rows, size, threads)
         for one in shown
-        if (decide := deciders.get(one.key)) is not None
+        if one.key in deciders
     ]
+    return Lineup(found, missing)
 
 
 def looping(
-    runtime: str, entries: Sequence[Entry], domain: Domain, rows: np.ndarray, worlds: ExitStack
-) -> list[Contender]:
+    runtime: str,
+    entries: Sequence[Entry],
+    domain: Domain,
+    rows: np.ndarray,
+    worlds: ExitStack,
+    device: str = "cpu",
+) -> Lineup:
     """Deciding and acting in turn, each contender in a world of its own; see `single`.
 
     Args:
@@ -106,19 +154,20 @@ def looping(
         domain: one without a world takes no part.
         rows: (N, ...), whose number is that of the steps.
         worlds: closes what is opened.
+        device: see `single`.
     Raises:
         Absent: the runtime cannot take part.
     """
     if not isinstance(domain, Looping):
-        return []
+        return Lineup([], {})
     shown = [one for one in entries if one.mix or one.label == FULL]
-    deciders = _deciders(runtime, shown, domain, rows)
+    deciders, missing = _deciders(runtime, shown, domain, rows, device=device)
     found = []
     for one in shown:
-        if (decide := deciders.get(one.key)) is not None:
-            step = worlds.enter_context(domain.world(0))
-            found.append(Contender(one.method, one.label, RUNTIMES[runtime] + LOOP, _turn(decide, step), rows))
-    return found
+        if one.key in deciders:
+            turn = _turn(deciders[one.key], worlds.enter_context(domain.world(0)))
+            found.append(Contender(one.method, one.label, _named(runtime, device) + LOOP, turn, rows))
+    return Lineup(found, missing)
 
 
 def _turn(decide: Decide, step: Callable[[int | None], np.ndarray]) -> Decide:
@@ -134,6 +183,10 @@ def _turn(decide: Decide, step: Callable[[int | None], np.ndarray]) -> Decide:
     return turn
 
 
+def _named(runtime: str, device: str) -> str:
+    return f"{RUNTIMES[runtime]} ({device})" if device != "cpu" and runtime in ON_DEVICES else RUNTIMES[runtime]
+
+
 def _shown(runtime: str, entries: Sequence[Entry]) -> list[Entry]:
     if runtime not in RUNTIMES:
         raise unknown("--runtimes", runtime, RUNTIMES)
@@ -141,15 +194,15 @@ def _shown(runtime: str, entries: Sequence[Entry]) -> list[Entry]:
 
 
 def _deciders(
-    runtime: str, entries: Sequence[Entry], domain: Domain, rows: np.ndarray, threads: int = 1
-) -> Mapping[Key, Decide]:
-    """How each entry decides, by method and label; an entry may be missing, such as an exit that is not built."""
-    if runtime in ("eager", "compiled"):
-        return _torch(entries, rows, runtime == "compiled")
+    runtime: str, entries: Sequence[Entry], domain: Domain, rows: np.ndarray, threads: int = 1, device: str = "cpu"
+) -> tuple[Mapping[Key, Decide], dict[Key, str]]:
+    """How each entry decides, by method and label, and why others cannot, such as an exit that is not built."""
+    if runtime in ON_DEVICES:
+        return _torch(entries, rows, runtime == "compiled", device), {}
     if runtime == "predict":
         if not isinstance(domain, Publisher):
             raise Absent(f"{domain.task} is nothing that SB3 asks")
-        return {one.key: domain.predictor(one.network, one.policy) for one in entries}
+        return {one.key: domain.predictor(one.network, one.policy) for one in entries}, {}
     missing = [name for name in (RUNTIMES[runtime], "onnx") if util.find_spec(name) is None]
     if missing:
         extras = ",".join(dict.fromkeys((EXTRAS[RUNTIMES[runtime]], "export")))
@@ -157,14 +210,15 @@ def _deciders(
     return _served(entries, rows, RUNTIMES[runtime], threads)
 
 
-def _torch(entries: Sequence[Entry], rows: np.ndarray, compiles: bool) -> dict[Key, Decide]:
+def _torch(entries: Sequence[Entry], rows: np.ndarray, compiles: bool, device: str) -> dict[Key, Decide]:
     found: dict[Key, Decide] = {}
     ready: dict[int, StagedNetwork] = {}
     for one in entries:
         if id(one.network) not in ready:
-            ready[id(one.network)] = _compiled(one.network) if compiles else one.network
+            there = one.network if device == "cpu" else copy.deepcopy(one.network).to(device)
+            ready[id(one.network)] = _compiled(there) if compiles else there
         network = ready[id(one.network)]
-        found[one.key] = _ask(network, one.policy, rows.ndim)
+        found[one.key] = _ask(network, one.policy, rows.ndim, device)
         if not compiles:
             continue
         try:
@@ -182,38 +236,42 @@ def _compiled(network: StagedNetwork) -> StagedNetwork:
     return copied
 
 
-def _ask(network: StagedNetwork, policy: ExitPolicy, dims: int) -> Decide:
-    """Decides for rows of `dims` dimensions, or for one row, which has one less."""
+def _ask(network: StagedNetwork, policy: ExitPolicy, dims: int, device: str) -> Decide:
+    """Decides for rows of `dims` dimensions, or for one row, which has one less; waits for a device to be done."""
 
     def decide(rows: np.ndarray) -> object:
         single = rows.ndim < dims
-        given = torch.from_numpy(rows)
-        chosen = run(network, policy, given[None] if single else given).answers.argmax(dim=1)
+        given = torch.from_numpy(rows).to(device)
+        chosen = run(network, policy, given[None] if single else given).answers.argmax(dim=1).cpu()
         return chosen.item() if single else chosen.numpy()
 
     return decide
 
 
-def _served(entries: Sequence[Entry], rows: np.ndarray, runtime: str, threads: int) -> dict[Key, Decide]:
+def _served(
+    entries: Sequence[Entry], rows: np.ndarray, runtime: str, threads: int
+) -> tuple[dict[Key, Decide], dict[Key, str]]:
     checked = torch.from_numpy(rows)
-    servers: dict[int, Server] = {}
+    servers: dict[int, tuple[Server, str]] = {}
     found: dict[Key, Decide] = {}
+    missing: dict[Key, str] = {}
     # An export has the stages of its exit policy, so that of the mix comes first.
-    alone = [one for one in entries if one.network.reuse is None]
-    if not alone:
-        raise Absent(f"{entries[0].method} may repeat its last answer: a row by itself says nothing about its steps")
-    for one in sorted(alone, key=lambda one: not one.mix):
+    for one in sorted(entries, key=lambda one: not one.mix):
+        if one.network.reuse is not None:
+            missing[one.key] = f"{one.method} may repeat its last answer: a row by itself says nothing about its steps"
+            continue
         if id(one.network) not in servers:
             try:
-                server = server_of(one.network, one.policy, checked, threads, runtime)
-            except ExportError as error:  # a method that no chain of graphs can do may still be timed in torch
-                raise Absent(str(error)) from error
-            servers[id(one.network)] = server
-            found[one.key] = server.act
-            continue
-        server = servers[id(one.network)]
+                servers[id(one.network)] = server_of(one.network, one.policy, checked, threads, runtime), one.label
+            except ExportError as error:  # what no chain of graphs can do may still be timed in torch
+                missing[one.key] = str(error)
+                continue
+        server, label = servers[id(one.network)]
         closed = set(range(one.network.exits)) - {stage.exit for stage in server.stages}
-        # An exit that the mix's policy closes has no stage of its own to leave after.
-        if not any(one.policy.thresholds[exit] == -np.inf for exit in closed):
-            found[one.key] = server.with_thresholds(one.policy.thresholds).act
-    return found
+        if any(one.policy.thresholds[exit] < NOBODY for exit in closed):
+            missing[one.key] = f"{label} closes this exit: no stage ends there"
+            continue
+        found[one.key] = (server if one.label == label else server.with_thresholds(one.policy.thresholds)).act
+    if not found:
+        raise Absent(next(iter(missing.values())))
+    return found, missing

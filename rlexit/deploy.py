@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -12,27 +9,25 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from rich.table import Table
 
 from rlexit import checkpoint
-from rlexit.bench import Contender, Dot, Timing, measure, mixed
+from rlexit.bench import Contender, Timing, measure, mixed
 from rlexit.config import METHODS
-from rlexit.contenders import LOOP, ORT, PREDICT, RUNTIMES, Absent, Entry, batched, looping, single
+from rlexit.contenders import RUNTIMES, Absent, Entry, Lineup, batched, exits_of, looping, single
 from rlexit.domain import Publisher
 from rlexit.evaluate import method_name
 from rlexit.exit_policy import ExitPolicy
 from rlexit.export import export, need
 from rlexit.exported import BRANCHES
 from rlexit.graphs import ExportError
-from rlexit.heldout import held_out
-from rlexit.machine import describe
+from rlexit.heldout import WORLDS, held_out
+from rlexit.latency import keep
 from rlexit.network import StagedNetwork
 from rlexit.registry import unknown
-from rlexit.rows import LatencyRow, read_rows, write_rows
+from rlexit.rows import read_rows
 from rlexit.runfolder import environment, hold
 from rlexit.runtime import run
 from rlexit.session import (
@@ -45,14 +40,11 @@ from rlexit.session import (
     plain_teacher,
     weights_hash,
 )
-from rlexit.summary import points
 
 FORMATS = ("onnx", "onnx-if", "sb3")
 TEACHERS = "teacher"
 # What a method without exits is called, which rows leave at the end alone: `full` is the teacher.
 GATES = "gates"
-# An exit with this threshold is built and nobody leaves there, whatever the rule.
-NOBODY = 1e30
 HELD_OUT = 2000
 BATCHES = (64, 256)
 # Calls per batch size and repeat.
@@ -130,19 +122,26 @@ def export_method(session: Session, method: str, kind: str, label: str | None, t
         size = sum(part["bytes"] for part in parts) / 1e6
         gate = f", then the gate of {entry['gate']}" if "gate" in entry else ""
         out.print(f"export     {entry['file']:<14} {size:6.2f} MB{gate}")
-    cost = ", ".join(f"exit {exit} {share:.3f}" for exit, share in manifest["relative_macs"].items())
     # Some of what is counted is not run for a row that skips units, or is not asked whether it repeats its answer.
-    most = " at most" if network.gates or network.reuse is not None else ""
-    out.print(f"export     relative_macs{most}: {cost}")
+    varies = network.gates or network.reuse is not None
+    out.print(f"export     relative_macs{' at most' if varies else ''}: {_by_exit(manifest['relative_macs'], network)}")
+    if varies:
+        out.print(f"export     relative_macs of the checked rows: {_by_exit(manifest['relative_macs_mean'], network)}")
     out.print(
         f"parity     {parity['rows']} held-out rows: {parity['actions']} other actions, {parity['exits']} other exits"
         f" (at most {parity['furthest']:.1e} from the threshold), probabilities within {parity['answers']:.1e}"
     )
-    if network.gates or network.reuse is not None:
+    if varies:
         out.print(f"parity     {parity['gates']} with other gates, {parity['macs']} at another cost")
-    if network.reuse is None and parity["rows"] < count:
-        out.print(f"parity     fewer rows than the {count} asked for: there are no more of them")
+    if parity["rows"] < count:
+        why = "there are no more of them" if network.reuse is None else f"whole steps of {WORLDS} games make so many"
+        out.print(f"parity     fewer rows than the {count} asked for: {why}")
     return target
+
+
+def _by_exit(shares: Mapping[str, float], network: StagedNetwork) -> str:
+    names = {str(network.exits): "repeated"}
+    return ", ".join(f"{names.get(exit, f'exit {exit}')} {share:.3f}" for exit, share in shares.items())
 
 
 def _publish(session: Session, to: Path | None) -> Path:
@@ -203,7 +202,7 @@ def bench(
     if network.reuse is not None:  # a row is timed by itself, as one that computes
         held = held.flatten(0, 1)
     left = np.concatenate([run(network, policy, part).exits.numpy() for part in held.split(256)])
-    shares, source = _recorded_mix(session, method, policy)
+    shares, source = _recorded_mix(session, method, policy, network.exits)
     if not shares:
         shares, source = [float((left == exit).mean()) for exit in range(network.exits)], "held-out rows"
     taken = [mixed(left, shares, max(count, CALLS * size), seed=index) for index, size in enumerate((1, *batches))]
@@ -214,29 +213,39 @@ def bench(
     ]
     entries = _entries(session, method, network, policy)
     absent: dict[str, str] = {}
+    missing: dict[tuple[str, str, str], list[str]] = {}
     contenders: list[Contender] = []
     timings: list[Timing] = []
     threads, load = torch.get_num_threads(), os.getloadavg()
     with ExitStack() as worlds:
 
-        def gather(make: Callable[[str], list[Contender]]) -> list[Contender]:
+        def gather(make: Callable[[str], Lineup]) -> list[Contender]:
             found: list[Contender] = []
-            for name in runtimes:
+            for name in (one for one in runtimes if one not in absent):
                 try:
-                    found += make(name) if name not in absent else []
+                    lineup = make(name)
                 except Absent as reason:
                     absent[name] = str(reason)
+                    continue
+                found += lineup.contenders
+                for (owner, point), why in lineup.missing.items():
+                    labels = missing.setdefault((name, owner, why), [])
+                    labels += [point] if point not in labels else []
             return found
 
         torch.set_num_threads(1)
         try:
-            domain = session.domain
-            alone = gather(lambda name: single(name, entries, domain, rows))
-            alone += gather(lambda name: looping(name, entries, domain, rows, worlds))
+            domain, place = session.domain, session.device
+            alone = gather(lambda name: single(name, entries, domain, rows, place))
+            alone += gather(lambda name: looping(name, entries, domain, rows, worlds, place))
             contenders, timings = [*alone], measure(alone, repeats)
             torch.set_num_threads(threads)
             for stack, size in zip(stacks, batches, strict=True):
-                group = gather(partial(batched, entries=entries, domain=domain, rows=stack, size=size, threads=threads))
+                group = gather(
+                    partial(
+                        batched, entries=entries, domain=domain, rows=stack, size=size, threads=threads, device=place
+                    )
+                )
                 contenders, timings = contenders + group, timings + measure(group, repeats)
         finally:
             torch.set_num_threads(threads)
@@ -244,29 +253,34 @@ def bench(
         raise ExportError(f"`--runtimes` must name one that is here, got {absent}. Install an extra, or name others.")
     for name, reason in absent.items():
         session.console.print(f"bench      {RUNTIMES[name]}: not measured ({reason})")
+    for (name, owner, reason), labels in missing.items():
+        session.console.print(f"bench      {RUNTIMES[name]}, {owner} {', '.join(labels)}: not measured ({reason})")
     folder = session.method(method) / "bench"
     facts = {"repeats": repeats, "rows": count, "load_before": load, "load_after": os.getloadavg(), "absent": absent}
+    facts["missing"] = [
+        {"runtime": RUNTIMES[name], "method": owner, "labels": labels, "reason": reason}
+        for (name, owner, reason), labels in missing.items()
+    ]
     facts |= {"mix": {"policy": policy.label, "shares": shares, "source": source}, "made": environment()}
-    return _keep(session, folder, contenders, timings, facts, policy.label)
+    return keep(session, folder, contenders, timings, facts, policy.label)
 
 
 def _entries(session: Session, method: str, network: StagedNetwork, policy: ExitPolicy) -> list[Entry]:
     """The full network, the mix, every exit, and the static networks of this run and seed."""
     teacher, whole = subject(session, TEACHERS, None)
     found = [Entry(TEACHERS, "full", teacher, whole), Entry(method, policy.label, network, policy, mix=True)]
-    for exit in range(network.exits if network.exits > 1 else 0):
-        limits = [-math.inf if early == exit else NOBODY for early in range(network.exits - 1)]
-        name = f"exit {exit}" if exit < network.exits - 1 else "nothing leaves"
-        if name != policy.label:
-            found.append(Entry(method, name, network, ExitPolicy(policy.rule, tuple(limits), name)))
+    found += exits_of(method, network, policy)
     done = "static" in METHODS and checkpoint.exists(session.method("static"), POLICY)
     for name, small in (load_network(session, "static") if done else {}).items():
         found.append(Entry("static", name, small, ExitPolicy.full(1)))
     return found
 
 
-def _recorded_mix(session: Session, method: str, policy: ExitPolicy) -> tuple[list[float], str]:
-    """Shares of the exits over the decisions of all test episodes under a policy; () where none was played."""
+def _recorded_mix(session: Session, method: str, policy: ExitPolicy, exits: int) -> tuple[list[float], str]:
+    """Shares of the exits over the decisions of all test episodes under a policy, those that repeated an answer left out.
+
+    Nothing, and no words, where none was played.
+    """
     path = session.method(method) / "eval" / "episodes.csv"
     name = method_name(method, policy.rule)
     played = [
@@ -278,93 +292,8 @@ def _recorded_mix(session: Session, method: str, policy: ExitPolicy) -> tuple[li
         return [], ""
     total = sum(row.decisions for row in played)
     shares = np.sum([np.multiply(row.exit_fractions, row.decisions / total) for row in played], axis=0)
-    return [float(share) for share in shares], f"{len(played)} test episodes"
-
-
-def _keep(
-    session: Session,
-    folder: Path,
-    contenders: Sequence[Contender],
-    timings: Sequence[Timing],
-    facts: dict[str, Any],
-    label: str,
-) -> Path:
-    """Writes, draws and prints what was measured."""
-    task, machine = session.domain.task, describe()
-    pairs = list(zip(contenders, timings, strict=True))
-    rows = [
-        LatencyRow(
-            *(task, one.method, session.seed, one.label, one.batch),
-            *(timing.p50, timing.p95, one.threads, one.runtime, machine),
-        )
-        for one, timing in pairs
-    ]
-    by_name = {(one.runtime, one.label, one.batch): timing for one, timing in pairs}
-    table = Table(
-        "runtime", "batch", "method", "leaving at", "p50 µs", "p95 µs", "mean µs", "p50 of repeats", "rows/s", "x full"
-    )
-    measured = []
-    for one, timing in pairs:
-        full = by_name.get((one.runtime, "full", one.batch))
-        against = f"{timing.mean / full.mean:.2f}" if full else ""
-        rate = one.batch / timing.mean * 1e6
-        cells = (f"{timing.p50:.1f}", f"{timing.p95:.1f}", f"{timing.mean:.1f}", f"{timing.low:.0f}..{timing.high:.0f}")
-        table.add_row(one.runtime, str(one.batch), one.method, one.label, *cells, f"{rate:,.0f}", against)
-        names = {"runtime": one.runtime, "method": one.method, "label": one.label, "batch": one.batch}
-        measured.append({**names, "threads": one.threads, **dataclasses.asdict(timing), "rows_per_second": rate})
-    session.console.print(table)
-    singles = {(runtime, name): timing for (runtime, name, batch), timing in by_name.items() if batch == 1}
-    base = ORT if (ORT, "full") in singles else contenders[0].runtime
-    ratios = _ratios(singles, facts, base, label)
-    told = (
-        f"mix        {label} ({facts['mix']['source']}): {ratios['speed_up']:.2f} times the speed of the full network"
-    )
-    if "predicted" in ratios:
-        told += f", its exits predict {ratios['predicted']:.2f}"
-    if "over_predict" in ratios:
-        told += f"; {ratios['over_predict']:.1f} times that of {PREDICT}"
-    session.console.print(f"{told} ({base}, means)")
-    path = folder / "latency.csv"
-    write_rows(path, rows)
-    written = json.dumps({**facts, "ratios": ratios, "measured": measured}, indent=2)
-    checkpoint.write_atomic(folder / "bench.json", written.encode())
-    if dots := _dots(session, pairs):
-        # matplotlib is slow to import, and nobody else here draws.
-        from rlexit import benchplot, plots
-
-        plots.save(benchplot.latency(dots, session.domain.metric, task), folder, "latency")
-    return path
-
-
-def _dots(session: Session, pairs: Sequence[tuple[Contender, Timing]]) -> list[Dot]:
-    """Single decisions of what was evaluated, with what it was worth."""
-    folders = [session.teacher, *(session.method(name) for name in METHODS)]
-    paths = [path for folder in folders if (path := folder / "eval" / "episodes.csv").is_file()]
-    worth = {
-        (point.method, point.label): point.value for point in points([row for path in paths for row in read_rows(path)])
-    }
-    dots = []
-    for one, timing in pairs:
-        value = worth.get((one.method, one.label))
-        if one.batch == 1 and not one.runtime.endswith(LOOP) and value is not None:
-            dots.append(Dot(one.method, one.label, one.runtime, timing.mean, value.mean, value.low, value.high))
-    return dots
-
-
-def _ratios(
-    singles: Mapping[tuple[str, str], Timing], facts: dict[str, Any], base: str, label: str
-) -> dict[str, float]:
-    """Speed-ups of the mix: over the full network, what its single exits predict for it, and over SB3's `predict`."""
-    full, mix = singles[base, "full"].mean, singles[base, label].mean
-    found = {"speed_up": full / mix}
-    shares = facts["mix"]["shares"]
-    names = [*(f"exit {exit}" for exit in range(len(shares) - 1)), "nothing leaves"]
-    if all((base, name) in singles for share, name in zip(shares, names, strict=True) if share):
-        spent = sum(share * singles[base, name].mean for share, name in zip(shares, names, strict=True) if share)
-        found["predicted"] = full / spent
-    if (PREDICT, label) in singles:
-        found["over_predict"] = singles[PREDICT, label].mean / mix
-    loop = base + LOOP
-    if (loop, label) in singles:
-        found["loop"] = singles[loop, "full"].mean / singles[loop, label].mean
-    return found
+    source = f"{len(played)} test episodes"
+    if len(shares) > exits:
+        source += f", without the {shares[exits]:.0%} of decisions that repeat an answer"
+        shares = shares[:exits] / shares[:exits].sum()
+    return [float(share) for share in shares], source

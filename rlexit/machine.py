@@ -11,9 +11,14 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of glibc's mallopt
 _KEEP_BYTES = 1 << 30
 
 
-def describe() -> str:
-    """One line: system, processor, cores."""
-    return f"{platform.system()} {platform.machine()}, {_processor()}, {os.cpu_count()} cores"
+def describe(place: str = "cpu") -> str:
+    """One line: system, processor, cores; and the accelerator, if `place` is torch's name of one."""
+    words = f"{platform.system()} {platform.machine()}, {_processor()}, {os.cpu_count()} cores"
+    if not place.startswith("cuda"):
+        return words
+    import torch
+
+    return f"{words}, {torch.cuda.get_device_name(place)}"
 
 
 def cores() -> int:

@@ -26,11 +26,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from rlexit import onnxfile
-from rlexit.chains import LEAST_BLOCK, OBSERVATION, Batch, Opened, Part, Served, Single, Stage
-from rlexit.exported import BRANCHES, MAX_FILE_BYTES, ServeError, ports, read_manifest, read_regular
+from rlexit.chains import LEAST_BLOCK, Batch, Opened, Part, Served, Single, Stage
+from rlexit.exported import BRANCHES, MAX_FILE_BYTES, OBSERVATION, ServeError, ports, read_manifest, read_regular
 from rlexit.recall import Recall, Reuse
 
 __all__ = ["Act", "Acts", "Part", "Reuse", "ServeError", "Served", "Server", "Stage", "limit", "load"]
+
+
+# The rule whose score is a leave gate's probability. `run` asks none where the threshold is -inf.
+ASKS = "learned"
 
 
 class Act(NamedTuple):
@@ -56,17 +60,18 @@ def load(
 
     Args:
         folder: what `rlexit export` wrote.
-        thresholds: K - 1 others; +inf: nobody leaves there, -inf: everybody. Exits that the export was made without
-            (+inf in its manifest) stay closed.
+        thresholds: K - 1 others; +inf: nobody leaves there, -inf: everybody, but for the rule `learned`, whose graphs
+            always ask. Exits that the export was made without (+inf in its manifest) stay closed.
         threads: that the rows of a batch are dealt to; a single decision takes one.
         runtime: `onnxruntime` or `openvino`.
     Raises:
-        ServeError: a file is missing, altered, too large, newer than this rlexit, or holds what is not run.
+        ServeError: a file is missing, altered, too large, newer than this rlexit, or holds what is not run; or the
+            thresholds do not fit.
         MissingExtra: the runtime is not installed.
     """
     manifest = read_manifest(folder)
     told = [float(value) for value in manifest["thresholds"]]  # JSON has no infinity but as text
-    limits = _limits(told if thresholds is None else thresholds, manifest["exits"])
+    limits = _limits(told if thresholds is None else thresholds, manifest)
     if thresholds is not None and manifest["format"] == "onnx-if":
         raise ServeError("`thresholds` are inside the graph of this format. Export again with --format onnx.")
     if threads < 1:
@@ -113,7 +118,7 @@ class Server:
 
     def with_thresholds(self, thresholds: Sequence[float]) -> Server:
         """The same graphs under other thresholds; see `load`."""
-        limits = _limits(thresholds, self.exits)
+        limits = _limits(thresholds, self.manifest)
         stages = [replace(one, threshold=limit(limits, one.exit)) for one in self.stages]
         return Server(self.manifest, stages, self.threads, self.runtime, self.reuse)
 
@@ -231,10 +236,15 @@ class Server:
         return batched
 
 
-def _limits(thresholds: Sequence[float], exits: int) -> list[float]:
-    limits = [float(value) for value in thresholds]
+def _limits(thresholds: Sequence[float], manifest: dict[str, Any]) -> list[float]:
+    limits, exits = [float(value) for value in thresholds], int(manifest["exits"])
     if len(limits) != exits - 1 or any(math.isnan(value) for value in limits):
         raise ServeError(f"`thresholds` must be {exits - 1} numbers, got {list(thresholds)}. Give one per early exit.")
+    if manifest.get("rule") == ASKS and -math.inf in limits:
+        raise ServeError(
+            f"`thresholds` of the rule {ASKS} must be above -inf, got {limits}: the graphs ask every row. Give -1, and "
+            "everybody is asked and leaves."
+        )
     return limits
 
 

@@ -16,6 +16,7 @@ from rlexit.export import ExportError, compare, export, server_of
 from rlexit.gates.leave import LeaveGate
 from rlexit.gates.reuse import ReuseGate, forget
 from rlexit.graphs import plan_stages, stage_graphs
+from rlexit.rules import rules
 from rlexit.runtime import run
 from tests.rlexit.served import counted
 from tests.rlexit.test_leave import LEARNED, leaving, plain
@@ -220,6 +221,69 @@ def test_a_bench_times_the_others_where_one_network_repeats_its_answers():
     ]
     rows = TOYS["cascade"].inputs(8).numpy()
     found = contenders.single(contenders.ORT, entries, task, rows)
-    assert [one.method for one in found] == ["teacher"]
+    assert [one.method for one in found.contenders] == ["teacher"]
+    assert list(found.missing) == [("refined", "learned")]
+    assert "refined may repeat its last answer" in found.missing["refined", "learned"]
     with pytest.raises(contenders.Absent, match="refined may repeat its last answer"):
         contenders.single(contenders.ORT, entries[1:], task, rows)
+
+
+@pytest.mark.parametrize("rule", ["learned", "confidence"])
+@pytest.mark.parametrize("closed", [None, 0, 1])
+def test_the_rows_of_a_bench_are_of_the_same_work_in_every_runtime(rule, closed):
+    network = plain()
+    limits = LEARNED.thresholds if rule == "learned" else parting(network, ROWS, rule).thresholds
+    mix = ExitPolicy(rule, tuple(math.inf if exit == closed else limit for exit, limit in enumerate(limits)), "mix")
+    server = server_of(network, mix, ROWS)
+    entries = contenders.exits_of("ztw", network, mix)
+    assert [one.label for one in entries] == ["exit 0", "exit 1", "nothing leaves"]
+    for exit, one in enumerate(entries):
+        told = run(network, one.policy, ROWS)
+        assert set(told.exits.tolist()) == {exit}
+        if exit != closed:
+            served = server.with_thresholds(one.policy.thresholds).run(ROWS.numpy())
+            np.testing.assert_array_equal(served.macs, told.macs.numpy())
+            np.testing.assert_array_equal(served.exits, told.exits.numpy())
+
+
+def test_an_exit_that_the_mix_closes_is_missing_where_no_stage_ends():
+    network, task = plain(), domain(SMALL)
+    mix = ExitPolicy("learned", (math.inf, 0.5), "mix")
+    entries = [contenders.Entry("ztw", "mix", network, mix, mix=True), *contenders.exits_of("ztw", network, mix)]
+    found = contenders.single("onnxruntime", entries, task, ROWS.numpy())
+    assert [one.label for one in found.contenders] == ["mix", "exit 1", "nothing leaves"]
+    assert found.missing == {("ztw", "exit 0"): "mix closes this exit: no stage ends there"}
+    assert len(contenders.single("eager", entries, task, ROWS.numpy()).contenders) == 4
+
+
+def test_a_served_leave_gate_cannot_be_passed_unasked(tmp_path):
+    assert [name for name in rules if rules[name].before_head] == [serve.ASKS]
+    network = plain()
+    export(network, LEARNED, ROWS, tmp_path / "export", "onnx", {})
+    for change in (
+        lambda: serve.load(tmp_path / "export", thresholds=(0.5, -math.inf)),
+        lambda: serve.load(tmp_path / "export").with_thresholds((-math.inf, 0.5)),
+        lambda: server_of(network, LEARNED, ROWS).with_thresholds((-math.inf, 0.5)),
+    ):
+        with pytest.raises(
+            serve.ServeError, match="`thresholds` of the rule learned must be above -inf, got .* Give -1"
+        ):
+            change()
+    assert set(serve.load(tmp_path / "export", thresholds=(-1, 0.5)).run(ROWS.numpy()).exits.tolist()) == {0}
+
+
+def test_torch_is_timed_where_it_is_told_to_and_decides_there_as_on_the_cpu():
+    """`cpu:0` stands for a device that is none of the default: weights are copied to it, rows go there and come back."""
+    network, task = plain(), domain(SMALL)
+    entries = [contenders.Entry("ztw", "mix", network, LEARNED, mix=True)]
+    here = contenders.single("eager", entries, task, ROWS.numpy()).contenders[0]
+    there = contenders.single("eager", entries, task, ROWS.numpy(), "cpu:0").contenders[0]
+    assert (here.runtime, there.runtime) == ("torch eager", "torch eager (cpu:0)")
+    np.testing.assert_array_equal(here.call(ROWS.numpy()), there.call(ROWS.numpy()))
+    assert there.call(ROWS[0].numpy()) == here.call(ROWS[0].numpy())
+    away = contenders.single("eager", entries, task, ROWS.numpy(), "meta").contenders[0]
+    with pytest.raises(RuntimeError, match="meta"):
+        away.call(ROWS[0].numpy())
+    served = contenders.single("onnxruntime", entries, task, ROWS.numpy(), "meta").contenders[0]
+    assert (served.runtime, served.call(ROWS[0].numpy())[0]) == ("onnxruntime", here.call(ROWS[0].numpy()))
+    assert {one.device.type for one in network.parameters()} == {"cpu"}

@@ -189,7 +189,8 @@ def test_bench_times_every_exit_and_the_recorded_mix(say, root):
     facts = json.loads((root / "ztw" / "s0" / "bench" / "bench.json").read_bytes())
     assert facts["mix"] == {"policy": LABEL, "shares": [0.75, 0.25, 0.0], "source": "1 test episodes"}
     assert "mix        target_macs=0.8 (1 test episodes):" in out
-    assert {"speed_up", "predicted", "loop"} == set(facts["ratios"])
+    assert {"runtime", "speed_up", "predicted", "loop"} == set(facts["ratios"])
+    assert (facts["ratios"]["runtime"], facts["missing"]) == (contenders.ORT, [])
     assert all(one["rows_per_second"] > 0 for one in facts["measured"])
     assert (root / "ztw" / "s0" / "bench" / "latency.svg").read_text().startswith("<?xml")
 
@@ -223,6 +224,38 @@ def test_bench_times_what_torch_compiles(say, root):
     assert code == 0
     rows = read_latency(root / "ztw" / "s0" / "bench" / "latency.csv")
     assert contenders.COMPILED in {row.runtime for row in rows} or "torch.compile does not work here" in out
+
+
+def test_bench_says_who_is_missing_of_a_runtime_and_compares_where_the_mix_was_timed(say, root, monkeypatch):
+    lineup = contenders.single
+
+    def without_mix(name, *given):
+        found = lineup(name, *given)
+        if name != "onnxruntime":
+            return found
+        kept = [one for one in found.contenders if one.method != "ztw"]
+        return contenders.Lineup(kept, {("ztw", LABEL): "no graph", ("ztw", "exit 0"): "no graph"})
+
+    monkeypatch.setattr(deploy, "single", without_mix)
+    code, out, err = say(*TIMED, "onnxruntime", "eager", "--batches")
+    assert (code, err) == (0, "")
+    assert f"onnxruntime, ztw {LABEL}, exit 0: not measured (no graph)" in out
+    assert "(torch eager, means)" in out
+    facts = json.loads((root / "ztw" / "s0" / "bench" / "bench.json").read_bytes())
+    lost = {"runtime": "onnxruntime", "method": "ztw", "labels": [LABEL, "exit 0"], "reason": "no graph"}
+    assert facts["missing"] == [lost]
+    code, out, err = say(*TIMED, "onnxruntime", "--batches")
+    assert (code, err) == (0, "")
+    assert "not compared, for no runtime timed both it and the full network" in out
+
+
+def test_a_recorded_mix_is_of_the_rows_that_compute(root):
+    session = toy.session(root)
+    policy = deploy.subject(session, "ztw", None)[1]
+    recorded(session, policy, (0.2, 0.2, 0.1, 0.5))
+    shares, source = deploy._recorded_mix(session, "ztw", policy, 3)
+    assert shares == pytest.approx([0.4, 0.4, 0.2])
+    assert source == "1 test episodes, without the 50% of decisions that repeat an answer"
 
 
 def test_bench_refuses_a_runtime_that_it_does_not_know(say):

@@ -30,7 +30,7 @@ def test_a_device_has_a_name_that_torch_knows(name):
         machine.device(name)
 
 
-@pytest.mark.parametrize("verb", ["train", "distill", "evaluate"])
+@pytest.mark.parametrize("verb", ["train", "distill", "evaluate", "bench"])
 def test_a_device_that_is_not_here_is_one_line_and_nothing_is_written(say, monkeypatch, tmp_path, verb):  # noqa: F811
     cuda(monkeypatch, 0)
     line = refused(say(verb, "toy.yaml", "--device", "cuda"))
