@@ -11,12 +11,10 @@ from torch import Tensor, nn
 from agents.paths import REUSE, Batch, gate_names
 from rlexit.gates.layer import DepthCell
 from rlexit.network import StagedNetwork
+from rlexit.resource import settled_shift
 
 # Greedy play moves the states, so frequencies are fitted so often.
 ROUNDS = 3
-# Logits by which all gates are then shifted, at most, to meet a target, and in how many steps the shift is found.
-WIDEST_SHIFT = 8.0
-BISECTIONS = 7
 
 # Plays greedily: the rows, and their mean relative MACs.
 Greedy = Callable[[], tuple[Batch, float]]
@@ -25,8 +23,7 @@ Greedy = Callable[[], tuple[Batch, float]]
 def settle(network: StagedNetwork, drawn: Batch, greedy: Greedy, target: float) -> dict[str, float]:
     """Shifts the gates' biases so that greedy decisions do what drawn ones did.
 
-    A gate that draws with p = 0.3 everywhere opens in three of ten steps, and greedily in none. A logit is a gain over a
-    weight, so one shift of all gates is another price: what is worth most stays.
+    A gate that draws with p = 0.3 everywhere opens in three of ten steps, and greedily in none.
 
     Args:
         network: changed in place.
@@ -54,18 +51,16 @@ def settle(network: StagedNetwork, drawn: Batch, greedy: Greedy, target: float) 
 
 
 def _cheapen_to(network: StagedNetwork, target: float, greedy: Greedy) -> None:
-    """Finds by bisection the shift of all gates with which greedy play costs the target, or a little less."""
-    low, high = -WIDEST_SHIFT, WIDEST_SHIFT
-    shifted = 0.0
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        _cheapen(network, middle - shifted)
-        shifted = middle
-        if greedy()[1] > target:
-            low = middle
-        else:
-            high = middle
-    _cheapen(network, high - shifted)
+    """Shifts all gates until greedy play costs the target, or a little less."""
+    at = 0.0
+
+    def cost(shift: float) -> float:
+        nonlocal at
+        _cheapen(network, shift - at)
+        at = shift
+        return greedy()[1]
+
+    settled_shift(cost, target)
 
 
 def _cheapen(network: StagedNetwork, by: float) -> None:

@@ -52,13 +52,6 @@ def cosine(done: float, warmup: float) -> float:
     return min(done / warmup if warmup else 1.0, 1.0) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
 
 
-def settling(done: float, warmup: float, settle: float) -> float:
-    """As `cosine`, but down to a twentieth after a share `settle` of all updates, and no lower; to nothing if that is 1."""
-    if settle == 1:
-        return cosine(done, warmup)
-    return max(cosine(done / settle, warmup / settle), min(done / warmup if warmup else 1.0, 1.0) / 20)
-
-
 def legacy_cp(shares: Sequence[float]) -> float:
     """SkipNet's "computation percentage": (sum of the gates' open shares + 1) / (gates + 1), in [0, 1].
 
@@ -125,6 +118,10 @@ class GateLearner:
     def resume(self, extra: Mapping[str, Any]) -> None:
         """Takes back what `extra` gave."""
 
+    def settle(self) -> dict[str, float]:
+        """What is done once at the end, and told."""
+        return {}
+
     @property
     def done(self) -> float:
         """Share of all samples that were learnt from."""
@@ -155,6 +152,7 @@ class GateLearner:
                 self._save(STATE)
                 if self.collapse.healthy:
                     self._save(HEALTHY)
+        facts |= self.settle()
         if self.plan.recalibrate:
             recalibrate(self.network, self._inputs(self.plan.recalibrate))
         self.network.eval()

@@ -48,7 +48,9 @@ class RecurrentLogit(nn.Module):
             order = torch.cat([i, f, o, g])
             self.all = nn.Linear(weight.shape[1], 4 * HIDDEN)
             self.all.weight, self.all.bias = nn.Parameter(weight[order]), nn.Parameter(bias[order])
-        self.logit = core.logit
+            self.logit = nn.Linear(HIDDEN, 1)
+            self.logit.weight = nn.Parameter(core.logit.weight.clone())
+            self.logit.bias = nn.Parameter(core.logit.bias + gate.offset)
 
     def forward(self, seen: Tensor, *carry: Tensor) -> tuple[Tensor, ...]:
         """(B, C, H, W), then hidden and cell state unless it is the first, to (B, 1) logit and the new two."""

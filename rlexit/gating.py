@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ from rlexit import checkpoint
 from rlexit.batchnorm import frozen
 from rlexit.domain import Batches, Watch
 from rlexit.energy import EnergyTable
-from rlexit.gatelearning import STATE, GateLearner, Plan, cosine, settling
+from rlexit.gatelearning import STATE, GateLearner, Plan, cosine
+from rlexit.gates import Decision, opened
 from rlexit.gates.estimators import estimators
 from rlexit.gating_config import GatingConfig
 from rlexit.network import StagedNetwork, Trace
-from rlexit.objectives import cross_entropy, kl_divergence
+from rlexit.objectives import cross_entropy, hint_distance, kl_divergence
+from rlexit.ranking import rank, start_ranked
 from rlexit.resource import ResourceLoss
 from rlexit.warmup import warm_up
 
@@ -27,7 +29,7 @@ from rlexit.warmup import warm_up
 class GateTrainer(GateLearner):
     """Trains gates, trunk and exits together: sum of cross-entropies + lambda * relative compute.
 
-    Samples without labels are learnt from the original's answers. The original is needed then, and for distillation.
+    Samples without labels are learnt from the original's answers. It is needed then, for hints and for distillation.
 
     Args:
         network: with gates.
@@ -37,6 +39,7 @@ class GateTrainer(GateLearner):
         full: multiply-adds of the head-free network, every gate open.
         energy: prices compute in place of multiply-adds; None for these.
         estimator: registered name, of the gates.
+        bias: of the gates' logits at first.
         folder: for checkpoints and curves.
         seed: of stochastic gates.
         watch: stop and progress.
@@ -52,6 +55,7 @@ class GateTrainer(GateLearner):
         full: int,
         energy: EnergyTable | None,
         estimator: str,
+        bias: float,
         folder: Path,
         seed: int,
         watch: Watch,
@@ -59,22 +63,27 @@ class GateTrainer(GateLearner):
         priced = config.cost != "linear" or config.price > 0
         after = config.collapse_after if priced else 0
         plan = Plan(config.steps, config.checkpoint_buffers, after, config.recalibrate, full, "gating")
+        gates: list[Any] = list(network.gates.values())
+        offsets = [parameter for gate in gates for parameter in gate.offsets()]
         last = network.head(network.exits - 1)
-        own = [*network.units.parameters(), *last.parameters()]
-        known = {id(parameter) for parameter in own}
-        fresh = [parameter for parameter in network.parameters() if id(parameter) not in known]
+        apart = {id(one) for one in (*offsets, *network.units.parameters(), *last.parameters())}
+        early = [one for one in (*network.heads.parameters(), *network.ensemble.parameters()) if id(one) not in apart]
+        seeing = [one for one in network.gates.parameters() if id(one) not in apart]
+        trunk = [*network.units.parameters(), *last.parameters()]
         optimizers: dict[str, torch.optim.Optimizer] = {
             "trunk": torch.optim.SGD(
-                own, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
+                trunk, lr=config.learning_rate, momentum=config.momentum, weight_decay=config.weight_decay
             )
         }
-        if fresh:
-            optimizers["fresh"] = torch.optim.Adam(fresh, lr=config.fresh_learning_rate, fused=True)
+        for name, parameters in (("heads", early), ("offsets", offsets), ("gates", seeing)):
+            if parameters:
+                optimizers[name] = torch.optim.Adam(parameters, lr=config.fresh_learning_rate, fused=True)
         super().__init__(network, batches, plan, optimizers, folder, seed, watch)
-        self.config, self.original, self.energy = config, original, energy
+        self.config, self.original, self.energy, self.bias = config, original, energy, bias
         self.resource = ResourceLoss(
             config.cost, config.price, config.target_macs, rate=config.dual_rate, price_max=config.price_max
         )
+        self.explore, self.ranked = (config.explore, not config.rank) if offsets else (0.0, True)
         self.stochastic = estimators[estimator]().stochastic
 
     def run(self) -> dict[str, float]:
@@ -90,27 +99,32 @@ class GateTrainer(GateLearner):
         return self.done >= self.config.anneal
 
     def extra(self) -> dict[str, Any]:
-        """The price."""
-        return {"price": self.resource.price}
+        """The price, and whether units were ranked."""
+        return {"price": self.resource.price, "ranked": self.ranked}
 
     def resume(self, extra: Mapping[str, Any]) -> None:
-        """Takes the price back."""
-        self.resource.price = float(extra["price"])
+        """Takes both back."""
+        self.resource.price, self.ranked = float(extra["price"]), bool(extra["ranked"])
 
     def learn(self, inputs: Any, labels: Tensor | None) -> tuple[Float[Tensor, "batch outputs"], dict[str, float]]:
         """One update of everything that learns at this time."""
         config, network = self.config, self.network
-        rates = {"trunk": config.learning_rate * cosine(self.done, config.warmup)}
-        rates["fresh"] = config.fresh_learning_rate * settling(self.done, config.warmup, config.settle)
+        share = cosine(self.done, config.warmup)
+        fresh, deciding = config.fresh_learning_rate * share, self.done >= self.explore
+        rates = {"trunk": config.learning_rate * share, "heads": fresh, "offsets": fresh * deciding}
+        rates["gates"] = fresh * (deciding and self.done >= config.input_from)
         for name, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = rates[name]
         self.resource.target = 1 - (1 - config.target_macs) * min(self.done / config.anneal if config.anneal else 1, 1)
+        if deciding and not self.ranked:
+            self._rank()
         network.train()
+        given = None if deciding else self._by_chance(inputs)
         with self._statistics(), torch.autocast(inputs.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            trace = network(inputs, generator=self.generator if self.stochastic else None)
+            trace = network(inputs, decisions=given, generator=self.generator if self.stochastic else None)
         logits = trace.logits.float()
-        task = self._task(inputs, labels, logits)
+        task = self._task(inputs, labels, logits, trace)
         relative = self._compute(trace)
         price = self.resource.price
         loss = task.mean() + self.resource(relative)
@@ -119,7 +133,8 @@ class GateTrainer(GateLearner):
         loss.backward()
         for optimizer in self.optimizers.values():
             optimizer.step()
-        self.resource.update(float(relative.detach().mean()))
+        if deciding:
+            self.resource.update(float(relative.detach().mean()))
         answers = logits.detach()[:, -1].log_softmax(dim=-1)
         facts = {"loss": float(loss.detach()), "gating/task": float(task.detach().mean())}
         macs = float(trace.expected_macs.detach().mean()) / self.plan.full
@@ -134,6 +149,24 @@ class GateTrainer(GateLearner):
             facts["gating/accuracy"] = float((answers.argmax(dim=-1) == labels).double().mean())
         return answers, facts | self.shares(trace.decisions)
 
+    def _by_chance(self, inputs: Any) -> list[Decision]:
+        """Drawn decisions of all gates: the share of units that run falls to the target in the first half of the time."""
+        share = 1 - (1 - self.config.target_macs) * min(2 * self.done / self.explore, 1)
+        found: list[Decision] = []
+        for gate in self.network.gates.values():
+            decision = opened(gate, len(inputs), inputs.device)
+            if gate.may_skip and gate.decides:
+                drawn = torch.rand(len(inputs), generator=self.generator).to(inputs.device) < share
+                decision = replace(decision, action=drawn.to(torch.int64), relaxed=drawn.to(torch.float32))
+            found.append(decision)
+        return found
+
+    def _rank(self) -> None:
+        """Once, before gates learn."""
+        inputs = torch.cat(self._inputs(self.config.rank))[: self.config.rank]
+        start_ranked(self.network, rank(self.network, inputs), self.config.target_macs, self.bias)
+        self.ranked = True
+
     def _compute(self, trace: Trace) -> Float[Tensor, " batch"]:
         """(B,) what a row that goes to the end costs, relative to the full network: no early head is built for it."""
         early = {f"heads.{name}" for name in self.network.exit_names[:-1]}
@@ -146,23 +179,23 @@ class GateTrainer(GateLearner):
         """Batch statistics of the trunk: frozen, or as training has them; those of gates and added heads move."""
         return frozen(self.network.units) if self.config.batch_norm == "frozen" else torch.enable_grad()
 
-    def _task(self, inputs: Any, labels: Tensor | None, logits: Tensor) -> Float[Tensor, " batch"]:
-        """(B,) cross-entropies of the exits that learn at this time, and the divergence from the original."""
+    def _task(self, inputs: Any, labels: Tensor | None, logits: Tensor, trace: Trace) -> Float[Tensor, " batch"]:
+        """(B,) cross-entropies of the exits that learn at this time, and what draws the last one to the original."""
         config = self.config
         learning = logits if self.done >= config.exits_from else logits[:, -1:]
         answers = learning.log_softmax(dim=-1)
         total = torch.zeros(len(logits), device=logits.device)
         if labels is not None:
             total = cross_entropy(labels, answers).sum(dim=1)
-        if self.original is not None and (config.distillation or labels is None):
+        weight = config.distillation * config.temperature**2 if labels is not None else 1.0
+        if self.original is None or not (weight or config.hint):
+            return total
+        with torch.no_grad(), torch.autocast(inputs.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+            wanted = self.original(inputs)
+        if config.hint and wanted.features is not None and trace.features is not None:
+            total = total + config.hint * hint_distance(wanted.features, trace.features)
+        if weight:
             temperature = config.temperature if labels is not None else 1.0
-            with (
-                torch.no_grad(),
-                torch.autocast(inputs.device.type, torch.bfloat16, enabled=config.precision == "bf16"),
-            ):
-                wanted = self.original(inputs).logits[:, -1].float()
-            divergence = kl_divergence(
-                (wanted / temperature).log_softmax(dim=-1), (learning[:, -1:] / temperature).log_softmax(dim=-1)
-            )[:, 0]
-            total = total + (config.distillation * temperature**2 if labels is not None else 1.0) * divergence
+            softened = [(one[:, -1:].float() / temperature).log_softmax(dim=-1) for one in (wanted.logits, learning)]
+            total = total + weight * kl_divergence(softened[0][:, 0], softened[1])[:, 0]
         return total

@@ -18,6 +18,10 @@ class GatingConfig:
         steps: samples seen, each in one update; the warm-up is not counted.
         warm_up: samples on which the gates alone first learn to be open, everything else frozen; 0 leaves it out, for gates
             that start open by their bias.
+        explore: share of the steps, the first, in which rows skip units by chance, ever more up to the target, and no gate
+            learns: the trunk comes to bear any path, and what a unit is worth then shows without training.
+        rank: samples on which units are taken away one by one, the one missed least first, after `explore`; gates that skip
+            units then start in that order, around the target (`rlexit.ranking`). 0 leaves it out, and gates start alike.
         cost: how compute enters the loss: `linear` (price times compute), or towards `target_macs`: `dual` (the price
             rises above the target and falls below), `sign_target` (its sign flips there), `deadband` (0 around it).
         resource: what compute is counted in: `macs`, or `energy` by a three-level memory model whose constants are told.
@@ -28,12 +32,13 @@ class GatingConfig:
         anneal: share of the steps in which the target falls from 1 to its value.
         learning_rate: of SGD with momentum, for the trunk and its own head.
         fresh_learning_rate: of Adam, for gates and added heads.
-        settle: share of the steps in which the gates' rate falls to a twentieth, where it stays, so that the trunk then
-            learns along paths that hardly change; 1: it falls to nothing, as the trunk's does.
+        input_from: share of the steps after which gates learn what rows differ in; before, only what all rows have in common
+            (`Gate.offsets`), on paths that the trunk learns at once.
         momentum: of SGD.
         weight_decay: L2 of the trunk.
         warmup: share of the steps in which the rates rise from nothing; they fall by a cosine.
         exits_from: share of the steps after which added exits learn too (joint loss); before, gates and trunk alone.
+        hint: weight of the relative squared distance of the last exit's features from the full original's.
         distillation: weight of T^2 KL(full original || answer) beside the cross-entropy.
         temperature: T.
         batch_norm: `frozen` (the trunk keeps its statistics) or `train`.
@@ -45,6 +50,8 @@ class GatingConfig:
 
     steps: int = 100_000
     warm_up: int = 0
+    explore: float = 0.0
+    rank: int = 0
     cost: str = "dual"
     resource: str = "macs"
     price: float = 0.0
@@ -54,11 +61,12 @@ class GatingConfig:
     anneal: float = 0.4
     learning_rate: float = 0.01
     fresh_learning_rate: float = 0.001
-    settle: float = 1.0
+    input_from: float = 0.0
     momentum: float = 0.9
     weight_decay: float = 1e-4
     warmup: float = 0.05
     exits_from: float = 0.5
+    hint: float = 0.0
     distillation: float = 0.0
     temperature: float = 4.0
     batch_norm: str = "frozen"
@@ -74,13 +82,21 @@ class GatingConfig:
         require(self.resource in ("macs", "energy"), "gating.resource", "be macs or energy", self.resource)
         advice = "A negative price pays for compute."
         require(0 <= self.price < math.inf, "gating.price", "be at least 0", self.price, advice)
-        for name in ("warm_up", "dual_rate", "price_max", "weight_decay", "distillation", "recalibrate"):
+        for name in (
+            "warm_up",
+            "rank",
+            "dual_rate",
+            "price_max",
+            "weight_decay",
+            "hint",
+            "distillation",
+            "recalibrate",
+        ):
             require(0 <= getattr(self, name) < math.inf, f"gating.{name}", "be at least 0", getattr(self, name))
         for name in ("target_macs", "learning_rate", "fresh_learning_rate", "temperature"):
             require(0 < getattr(self, name) < math.inf, f"gating.{name}", "be positive", getattr(self, name))
-        for name in ("anneal", "momentum", "warmup"):
+        for name in ("anneal", "momentum", "warmup", "input_from", "explore"):
             require(0 <= getattr(self, name) < 1, f"gating.{name}", "be in [0, 1)", getattr(self, name))
-        require(0 < self.settle <= 1, "gating.settle", "be in (0, 1]", self.settle)
         require(0 <= self.exits_from <= 1, "gating.exits_from", "be in [0, 1]", self.exits_from)
         require(self.batch_norm in ("frozen", "train"), "gating.batch_norm", "be frozen or train", self.batch_norm)
         require(self.precision in ("bf16", "fp32"), "gating.precision", "be bf16 or fp32", self.precision)

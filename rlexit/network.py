@@ -31,6 +31,7 @@ class Trace:
             rows leave (all heads that are met, without leave gates); has a gradient in the relaxed decisions.
         leaving: decisions of the leave gates, in the order of the exits that have one.
         expected_parts: what `expected_macs` is the sum of, by part: `units.<name>`, `gates.<name>`, ...
+        features: that the last exit reads.
     """
 
     logits: Float[Tensor, "batch exits outputs"]
@@ -39,6 +40,7 @@ class Trace:
     expected_macs: Float[Tensor, " batch"]
     leaving: tuple[Decision, ...] = ()
     expected_parts: Mapping[str, Float[Tensor, " batch"]] = field(default_factory=dict)
+    features: Float[Tensor, "batch ..."] | None = None
 
 
 class StagedNetwork(nn.Module):
@@ -380,7 +382,7 @@ class StagedNetwork(nn.Module):
             answers.append(state.answered)
         every = torch.stack(answers, dim=1)
         parts = state.forecast.parts if state.forecast is not None else {}
-        return Trace(state.logits, every, state.decisions, state.expected_macs, state.leaving, parts)
+        return Trace(state.logits, every, state.decisions, state.expected_macs, state.leaving, parts, self.tap(state))
 
     def _answer_softly(
         self, state: ExitState, mode: Mode, given: Decision | None, generator: torch.Generator | None

@@ -49,3 +49,17 @@ def agreement(
     """1 where an exit's likeliest output is the teacher's, else 0; (B, K)."""
     chosen = student_log_probabilities.argmax(dim=-1)
     return (chosen == teacher_log_probabilities.argmax(dim=-1)[:, None]).float()
+
+
+def hint_distance(wanted: Float[Tensor, "batch ..."], found: Float[Tensor, "batch ..."]) -> Float[Tensor, " batch"]:
+    """|found - wanted|^2 / mean |wanted|^2: how far features are from those of the full network, 1 for all zeros.
+
+    Args:
+        wanted: (B, ...) no gradient flows into it.
+        found: (B, ...).
+    Returns:
+        (B,).
+    Source: Romero et al. 2015 (FitNets), arXiv 1412.6550, equation 3, of the last features, which need no regressor.
+    """
+    target, given = wanted.detach().float().flatten(1), found.float().flatten(1)
+    return (given - target).square().sum(dim=1) / target.square().sum(dim=1).mean()

@@ -25,9 +25,12 @@ from rlexit.policygradients import (
     skipnet_returns,
 )
 from rlexit.refine_config import RefineConfig
-from rlexit.resource import dual_step
+from rlexit.resource import dual_step, settled_shift
 from rlexit.state import map_tensors
 from rlexit.walks import Walk, walk
+
+# Training samples on which greedy decisions are brought to the target at the end.
+SETTLED_ON = 2048
 
 
 class PathRefiner(GateLearner):
@@ -89,6 +92,26 @@ class PathRefiner(GateLearner):
     def resume(self, extra: Mapping[str, Any]) -> None:
         """Takes the price back."""
         self.price = float(extra["price"])
+
+    @torch.no_grad()
+    def settle(self) -> dict[str, float]:
+        """Shifts all gates alike until greedy paths cost the target, to which the price held drawn ones."""
+        if self.algo != "ppo" or not self.config.target_macs:
+            return {}
+        self.network.eval()
+        many, at = self._inputs(SETTLED_ON), 0.0
+
+        def cost(shift: float) -> float:
+            nonlocal at
+            for gate in self.network.gates.values():
+                if gate.decides:
+                    gate.shift(at - shift)  # type: ignore[operator]
+            at = shift
+            macs = torch.cat([walk(self.network, inputs, "greedy").macs for inputs in many])
+            return float(macs.double().mean()) / self.plan.full
+
+        settled_shift(cost, self.config.target_macs)
+        return {"refine/cost_settled": cost(at), "refine/shift": at}
 
     def learn(self, inputs: Any, labels: Tensor | None) -> tuple[Float[Tensor, "batch outputs"], dict[str, float]]:
         """One batch of paths, and what is learnt from it."""

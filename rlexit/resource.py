@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from jaxtyping import Float
 from torch import Tensor
 
 from rlexit.config import require
 from rlexit.gating_config import COSTS
+
+# Logits by which all gates are shifted, at most, to meet a target, and in how many steps the shift is found.
+WIDEST_SHIFT = 8.0
+BISECTIONS = 7
 
 
 def price_of_alpha(alpha: float, batch: int, costs: Sequence[float]) -> float:
@@ -79,6 +83,25 @@ class ResourceLoss:
         """Moves the dual price by what a batch cost; the others stay."""
         if self.mode == "dual":
             self.price = dual_step(self.price, mean, self.target, self.rate, self.price_max)
+
+
+def settled_shift(cost: Callable[[float], float], target: float) -> float:
+    """The shift of all gates' logits towards less compute with which greedy decisions cost the target, or a little less.
+
+    A logit is a gain over a weight, so one shift of all gates is another price: what is worth most stays.
+
+    Args:
+        cost: moves the logits by so much from where they were first, and tells the mean relative compute then.
+        target: mean relative compute.
+    Returns:
+        The shift, in -8..8; it was the last that `cost` was asked for.
+    """
+    low, high = -WIDEST_SHIFT, WIDEST_SHIFT
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(middle) > target else (low, middle)
+    cost(high)
+    return high
 
 
 def dual_step(price: float, mean: float, target: float, rate: float, price_max: float) -> float:

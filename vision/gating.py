@@ -69,11 +69,13 @@ def learn_gates(
         curriculum = replace(domain.config.refine, trunk="frozen", steps=config.steps, penalty=1.0, target_macs=0.0)
         return PathRefiner(network, None, batches, curriculum, method.algo, full, 0, folder, seed, watch).run()
     if not method.priced:
-        config = replace(config, cost="linear", price=0.0)
-    original = domain.network(teacher, Method()) if config.distillation else None
+        config = replace(config, cost="linear", price=0.0, explore=0.0, rank=0)
+    original = domain.network(teacher, Method()) if config.hint or config.distillation else None
     energy = energy_table(network, domain.example()) if config.resource == "energy" else None
-    estimator = domain.config.gates.estimator
-    return GateTrainer(network, original, batches, config, full, energy, estimator, folder, seed, watch).run()
+    gates = domain.config.gates
+    return GateTrainer(
+        network, original, batches, config, full, energy, gates.estimator, gates.bias, folder, seed, watch
+    ).run()
 
 
 def refine(

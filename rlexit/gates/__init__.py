@@ -71,6 +71,18 @@ class Gate(nn.Module):
         """
         raise TypeError(f"`{type(self).__name__}` must implement `decide`.")
 
+    def offsets(self) -> list[nn.Parameter]:
+        """The parameters that add to the logits of every row alike; none by default."""
+        return []
+
+    def shift(self, by: float) -> None:
+        """Adds to the logit of running the unit, or of its channels where those are all it decides, for every row alike.
+
+        Raises:
+            TypeError: the gate has no logit of its own.
+        """
+        raise TypeError(f"`{type(self).__name__}` has no logit of its own to shift. Choose lstm, ff1, ff2 or static.")
+
     def macs(self, state: ExitState, decision: Decision | None = None) -> Int[Tensor, " batch"]:
         """(B,) multiply-adds of the gate itself, given what it decided; the most that it may cost without a decision."""
         return torch.zeros_like(state.macs)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rlexit.config import GateConfig, require
 from rlexit.gates import Decision, Gate, Mode, Site, gates
 from rlexit.gates.estimators import choose, entropy, estimators, explored, log_prob
-from rlexit.gates.layer import halving, pooled_linear
+from rlexit.gates.layer import exactly, halving, last_linear, pooled_linear
 from rlexit.macs import macs_per_row
 from rlexit.state import ExitState
 
@@ -57,7 +57,17 @@ class ChannelGate(Gate):
     ) -> tuple[Decision, Any]:
         """Which channels each row computes; nothing is carried."""
         features = state.features.detach() if self.detach else state.features
-        return channel_decision(self.module(features), mode, self, given, generator), state.carry
+        return channel_decision(exactly(self.module, features), mode, self, given, generator), state.carry
+
+    def offsets(self) -> list[nn.Parameter]:
+        """Of the last layer."""
+        return [last_linear(self.module).bias]
+
+    @torch.no_grad()
+    def shift(self, by: float) -> None:
+        """Moves the logits of all channels alike."""
+        for parameter in self.offsets():
+            parameter.add_(by)
 
     def macs(self, state: ExitState, decision: Decision | None = None) -> Int[Tensor, " batch"]:
         """(B,) multiply-adds of the small net."""
@@ -65,8 +75,7 @@ class ChannelGate(Gate):
 
 
 def _biased(module: nn.Sequential, bias: float) -> nn.Sequential:
-    last = [layer for layer in module.modules() if isinstance(layer, nn.Linear)][-1]
-    nn.init.constant_(last.bias, bias)
+    nn.init.constant_(last_linear(module).bias, bias)
     return module
 
 

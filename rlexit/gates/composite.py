@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlexit.config import GateConfig, require
 from rlexit.gates import Decision, Gate, Mode, Site, gates
@@ -59,6 +59,14 @@ class CompositeGate(Gate):
             channels=fine.channels,
         )
         return decision, carry
+
+    def offsets(self) -> list[nn.Parameter]:
+        """Of both."""
+        return [*self.layer.offsets(), *self.channel.offsets()]
+
+    def shift(self, by: float) -> None:
+        """Moves the layer gate's."""
+        self.layer.shift(by)
 
     def macs(self, state: ExitState, decision: Decision | None = None) -> Int[Tensor, " batch"]:
         """(B,) the layer gate's, and the channel gate's where the unit is run."""

@@ -107,6 +107,15 @@ class StaticGate(LayerGate):
         super().__init__(config)
         self.logit = nn.Parameter(torch.tensor(config.bias))
 
+    def offsets(self) -> list[nn.Parameter]:
+        """The logit."""
+        return [self.logit]
+
+    @torch.no_grad()
+    def shift(self, by: float) -> None:
+        """Moves the logit."""
+        self.logit.add_(by)
+
     def logits(self, state: ExitState) -> tuple[Float[Tensor, " batch"], Any]:
         """(B,) the same logit; nothing is carried."""
         return self.logit.expand(len(state)), state.carry
@@ -122,6 +131,10 @@ class StaticChannelGate(ChannelGate):
 
     def __init__(self, width: int, config: GateConfig) -> None:
         super().__init__(SameForAll(width, config.bias), width, config)
+
+    def offsets(self) -> list[nn.Parameter]:
+        """The logits."""
+        return list(self.module.parameters())
 
 
 class SameForAll(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,15 @@ from rlexit.macs import macs_per_row
 from rlexit.state import ExitState
 
 HIDDEN = 10
+
+
+def exactly(module: Callable[..., Any], *inputs: Tensor) -> Any:
+    """Runs a gate's net in full precision, whatever the units compute in.
+
+    Under a price logits stay near 0, where bfloat16 decides otherwise than the evaluation.
+    """
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        return module(*(one.float() for one in inputs))
 
 
 class LayerGate(Gate):
@@ -88,6 +97,8 @@ class RecurrentGate(LayerGate):
     def __init__(self, channels: int, core: DepthCell, owner: bool, config: GateConfig) -> None:
         super().__init__(config)
         self.embed = nn.Linear(channels, HIDDEN)
+        # The LSTM is shared, but units differ: what all rows of one have in common would else have to pass through it.
+        self.offset = nn.Parameter(torch.zeros(()))
         if owner:
             self.core = core
         self._shared = (core,)  # a tuple hides it from torch, which would save it once per gate
@@ -96,14 +107,20 @@ class RecurrentGate(LayerGate):
 
     def logits(self, state: ExitState) -> tuple[Float[Tensor, " batch"], Any]:
         """(B,) logit; hidden and cell state start at 0 in every pass."""
-        pooled = self.seen(state).mean(dim=(2, 3), dtype=torch.float32)
-        # In full precision whatever the units compute in: gates under a price stay near 0, where bfloat16 decides otherwise.
-        with torch.autocast(pooled.device.type, enabled=False):
-            embedded = self.embed(pooled)
-            zeros = torch.zeros_like(embedded)
-            hidden, memory = (state.carry or {}).get("depth", (zeros, zeros))
-            logit, hidden, memory = self._shared[0](embedded, hidden, memory)
-        return logit, carried(state, "depth", (hidden, memory))
+        embedded = exactly(self.embed, self.seen(state).mean(dim=(2, 3), dtype=torch.float32))
+        zeros = torch.zeros_like(embedded)
+        hidden, memory = (state.carry or {}).get("depth", (zeros, zeros))
+        logit, hidden, memory = exactly(self._shared[0], embedded, hidden, memory)
+        return logit + self.offset, carried(state, "depth", (hidden, memory))
+
+    def offsets(self) -> list[nn.Parameter]:
+        """One number for the unit."""
+        return [self.offset]
+
+    @torch.no_grad()
+    def shift(self, by: float) -> None:
+        """Moves the unit's own number."""
+        self.offset.add_(by)
 
     def macs(self, state: ExitState, decision: Decision | None = None) -> Int[Tensor, " batch"]:
         """(B,) multiply-adds of embedding, LSTM and logit."""
@@ -125,8 +142,17 @@ class FeedForwardGate(LayerGate):
 
     def logits(self, state: ExitState) -> tuple[Float[Tensor, " batch"], Any]:
         """(B,) logit; nothing is carried."""
-        two = self.module(self.seen(state))
+        two = exactly(self.module, self.seen(state))
         return two[:, 1] - two[:, 0], state.carry
+
+    def offsets(self) -> list[nn.Parameter]:
+        """Of the last layer."""
+        return [last_linear(self.module).bias]
+
+    @torch.no_grad()
+    def shift(self, by: float) -> None:
+        """Moves both outputs, in opposite directions."""
+        last_linear(self.module).bias.add_(torch.tensor([-by / 2, by / 2]))
 
     def macs(self, state: ExitState, decision: Decision | None = None) -> Int[Tensor, " batch"]:
         """(B,) multiply-adds of the small net."""
@@ -144,10 +170,14 @@ def pooled_linear(channels: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, outputs))
 
 
+def last_linear(module: nn.Module) -> nn.Linear:
+    """The last linear layer of a small net; its bias is the same for all rows."""
+    return [layer for layer in module.modules() if isinstance(layer, nn.Linear)][-1]
+
+
 def _biased(module: nn.Sequential, bias: float) -> nn.Sequential:
-    linear = next(layer for layer in reversed(list(module.modules())) if isinstance(layer, nn.Linear))
     with torch.no_grad():
-        linear.bias.copy_(torch.tensor([-bias / 2, bias / 2]))
+        last_linear(module).bias.copy_(torch.tensor([-bias / 2, bias / 2]))
     return module
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ from rlexit.costs import cost_table
 from rlexit.domain import Gating, Refining, Watch
 from rlexit.evaluate import budgeted
 from rlexit.exit_policy import ExitPolicy
-from rlexit.gatelearning import settling
 from rlexit.gating_config import GatingConfig
 from rlexit.interrupts import StopFlag, Stopped
+from rlexit.objectives import hint_distance
 from rlexit.rows import read_rows
 from rlexit.runlog import read_scalars
 from rlexit.runtime import run
@@ -150,7 +149,9 @@ def test_a_price_of_nothing_leaves_gates_open_and_the_teacher_s_accuracy(teacher
     assert float(torch.stack([(d.action > 0).float().mean() for _, d in result.decisions]).mean()) > 0.95
 
 
-@pytest.mark.parametrize("ways", [{}, {"settle": 0.5, "distillation": 0.5, "batch_norm": "train"}])
+@pytest.mark.parametrize(
+    "ways", [{}, {"explore": 0.4, "rank": 16, "hint": 0.5, "distillation": 0.5, "batch_norm": "train"}]
+)
 def test_a_stopped_training_goes_on_to_the_same_weights(teacher, tmp_path, ways):
     made = VisionDomain(replace(TINY, gating=replace(TINY.gating, **ways)))
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -171,12 +172,60 @@ def test_a_stopped_training_goes_on_to_the_same_weights(teacher, tmp_path, ways)
     assert read_scalars(whole) == read_scalars(parts)
 
 
-def test_settled_gates_go_on_at_a_twentieth_of_their_rate():
-    assert settling(0.0, 0.1, 0.5) == 0
-    assert settling(0.05, 0.1, 0.5) == pytest.approx(0.5 * (1 + math.cos(0.1 * math.pi)) / 2)
-    assert settling(0.25, 0.1, 0.5) == pytest.approx(0.5)
-    assert settling(0.5, 0.1, 0.5) == settling(1.0, 0.1, 0.5) == 0.05
-    assert settling(1.0, 0.1, 1.0) == 0
+def learnt(teacher: Path, folder: Path, method: str, **ways: Any) -> tuple[Any, dict[str, list[float]]]:
+    """The network and its curves."""
+    made = VisionDomain(replace(TINY, gating=replace(TINY.gating, **ways)))
+    torch.manual_seed(3)
+    network = made.network(teacher / "teacher", METHODS[method])
+    made.learn_gates(network, teacher / "teacher", METHODS[method], folder, 0, Watch())
+    curves: dict[str, list[float]] = {}
+    for _, tag, value in read_scalars(folder):
+        curves.setdefault(tag, []).append(value)
+    return network, curves
+
+
+def test_units_are_dropped_by_chance_before_gates_learn_anything(teacher, tmp_path):
+    _, curves = learnt(teacher, tmp_path, "layer_gates", explore=0.5, rank=32, steps=256, recalibrate=0)
+    half = len(curves["gating/price"]) // 2
+    assert curves["gating/price"][0] == curves["gating/price"][half - 1]  # nothing presses yet
+    shares = [curves[f"gate/open_frac/{name}"] for name in UNITS]
+    assert all(0 < share[half - 1] < 1 for share in shares)
+    cost = curves["gating/relative_cost"]
+    assert cost[half - 1] < cost[0]
+
+
+def test_ranked_gates_go_on_from_the_target_and_see_their_rows_only_later(teacher, tmp_path):
+    network, curves = learnt(
+        teacher, tmp_path, "layer_gates", rank=32, anneal=0.0, target_macs=0.5, input_from=0.9, recalibrate=0
+    )
+    assert curves["gating/relative_cost"][0] < 0.65
+    before = VisionDomain(TINY)
+    torch.manual_seed(3)
+    start = before.network(teacher / "teacher", METHODS["layer_gates"])
+    kept, moved = network.state_dict(), start.state_dict()
+    assert not torch.equal(kept["gates.layer2_1.offset"], moved["gates.layer2_1.offset"])
+
+
+def test_what_rows_differ_in_is_not_learnt_before_its_time(teacher, tmp_path):
+    network, _ = learnt(teacher, tmp_path, "layer_gates", input_from=0.99, recalibrate=0)
+    torch.manual_seed(3)
+    start = VisionDomain(TINY).network(teacher / "teacher", METHODS["layer_gates"])
+    kept, first = network.state_dict(), start.state_dict()
+    assert torch.equal(kept["gates.layer1_1.embed.weight"], first["gates.layer1_1.embed.weight"])
+    assert not torch.equal(kept["gates.layer1_1.offset"], first["gates.layer1_1.offset"])
+
+
+def test_hints_keep_the_last_features_near_those_of_the_original(teacher, tmp_path):
+    made = VisionDomain(TINY)
+    full = made.network(teacher / "teacher", METHODS["static"]).eval()
+    inputs = made.data.evaluated("test").pixels[:32]
+    distances = []
+    for hint in (0.0, 20.0):
+        network, _ = learnt(teacher, tmp_path / str(hint), "layer_gates", hint=hint, recalibrate=0)
+        with torch.no_grad():
+            found, wanted = network.eval()(inputs).features, full(inputs).features
+        distances.append(float(hint_distance(wanted, found).mean()))
+    assert distances[1] < distances[0]
 
 
 def test_ddi_s_exits_start_to_learn_when_they_are_told_to(teacher):
