@@ -102,9 +102,10 @@ def test_rows_that_go_alone_are_compared_by_their_probabilities_too(monkeypatch)
 # ---- rules that jump ----
 
 
-@pytest.mark.parametrize(("tied", "unexplained"), [(True, 0), (False, 1)])
-def test_a_streak_that_ends_in_a_tie_may_be_told_otherwise_alone(monkeypatch, tied, unexplained):
-    network, policy = toy(), ExitPolicy("patience", (1.0, 1.0))
+@pytest.mark.parametrize(("tied", "threshold", "unexplained"), [(True, 1.0, 0), (True, 1.5, 0), (False, 1.0, 1)])
+def test_a_streak_that_ends_in_a_tie_may_be_told_otherwise_alone(monkeypatch, tied, threshold, unexplained):
+    """That a streak is as long as its threshold is no tie."""
+    network, policy = toy(), ExitPolicy("patience", (threshold, threshold))
     row = int((run(network, policy, FRAMES).exits > 0).nonzero()[0])
     if tied:
         first, second = network(FRAMES).logits[row, 0].topk(2)[1].tolist()
