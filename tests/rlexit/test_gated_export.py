@@ -153,6 +153,17 @@ def test_a_unit_that_a_row_skips_is_not_run(monkeypatch):
                 assert calls[stage.skips.data] == (decision == 0)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_gate_adds_to_every_row_s_logit_is_served(kind):
+    network, policy = gated(kind), ExitPolicy.full(EXITS)
+    for gate, by in zip(network.gates.values(), (50.0, -50.0, 50.0), strict=True):
+        gate.shift(by)
+    server = server_of(network, policy, ROWS)
+    told = server.run(ROWS.numpy())
+    assert told.macs.tolist() == run(network, policy, ROWS).macs.tolist()
+    assert np.unique(told.decisions, axis=0).tolist() == [[1, 0, 1][: server.gates]]
+
+
 def test_a_row_that_goes_alone_takes_one_graph_from_exit_to_exit_with_gated_units_in_branches(monkeypatch):
     calls = counted(monkeypatch)
     network = gated("lstm")
