@@ -140,7 +140,10 @@ def _segment(graphs: Sequence[Graph], later: set[str]) -> Traced:
             take(part)
         names = [port.name for port in runs.outputs]
         nodes.append(_constant(prefix + "nothing", np.zeros(1, dtype=np.float32)))
-        nodes.append(helper.make_node("Greater", [now[LOGIT], prefix + "nothing"], [prefix + "wanted"]))
+        # One number, of one row; openvino takes no condition of two dimensions.
+        nodes.append(_constant(prefix + "flat", np.array([-1], dtype=np.int64)))
+        nodes.append(helper.make_node("Reshape", [now[LOGIT], prefix + "flat"], [prefix + "level"]))
+        nodes.append(helper.make_node("Greater", [prefix + "level", prefix + "nothing"], [prefix + "wanted"]))
         ways = {
             "then_branch": branch(number, "runs", runs, runs),
             "else_branch": branch(number, "skips", skips, runs),
