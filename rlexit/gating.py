@@ -131,8 +131,9 @@ class GateTrainer(GateLearner):
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        for optimizer in self.optimizers.values():
-            optimizer.step()
+        for name, optimizer in self.optimizers.items():
+            if rates[name]:  # at a rate of 0 Adam would still gather moments, of paths by chance
+                optimizer.step()
         if deciding:
             self.resource.update(float(relative.detach().mean()))
         answers = logits.detach()[:, -1].log_softmax(dim=-1)

@@ -98,5 +98,15 @@ class GatingConfig:
         for name in ("anneal", "momentum", "warmup", "input_from", "explore"):
             require(0 <= getattr(self, name) < 1, f"gating.{name}", "be in [0, 1)", getattr(self, name))
         require(0 <= self.exits_from <= 1, "gating.exits_from", "be in [0, 1]", self.exits_from)
+        advice = "Gates that learnt to be open would start open, whatever their place in the order."
+        require(not (self.warm_up and self.rank), "gating.rank", "be 0 where gating.warm_up stands", self.rank, advice)
+        advice = "Units are ranked by multiply-adds."
+        require(
+            not self.rank or self.resource == "macs",
+            "gating.rank",
+            "be 0 with gating.resource energy",
+            self.rank,
+            advice,
+        )
         require(self.batch_norm in ("frozen", "train"), "gating.batch_norm", "be frozen or train", self.batch_norm)
         require(self.precision in ("bf16", "fp32"), "gating.precision", "be bf16 or fp32", self.precision)
