@@ -152,9 +152,11 @@ class GateLearner:
                 self._save(STATE)
                 if self.collapse.healthy:
                     self._save(HEALTHY)
-        facts |= self.settle()
-        if self.plan.recalibrate:
-            recalibrate(self.network, self._inputs(self.plan.recalibrate))
+            if self.plan.recalibrate:
+                recalibrate(self.network, self._inputs(self.plan.recalibrate))
+            for tag, value in self.settle().items():
+                log.scalar(tag, value, self.samples)
+                facts[tag] = value
         self.network.eval()
         return facts
 

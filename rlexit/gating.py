@@ -27,7 +27,9 @@ from rlexit.warmup import warm_up
 
 
 class GateTrainer(GateLearner):
-    """Trains gates, trunk and exits together: sum of cross-entropies + lambda * relative compute.
+    """Trains gates, trunk and exits together: sum of cross-entropies, hint and divergence + lambda * relative compute.
+
+    Where the config says so, rows first skip units by chance, then units are ranked, then gates learn from that order on.
 
     Samples without labels are learnt from the original's answers. It is needed then, for hints and for distillation.
 
@@ -39,7 +41,6 @@ class GateTrainer(GateLearner):
         full: multiply-adds of the head-free network, every gate open.
         energy: prices compute in place of multiply-adds; None for these.
         estimator: registered name, of the gates.
-        bias: of the gates' logits at first.
         folder: for checkpoints and curves.
         seed: of stochastic gates.
         watch: stop and progress.
@@ -55,7 +56,6 @@ class GateTrainer(GateLearner):
         full: int,
         energy: EnergyTable | None,
         estimator: str,
-        bias: float,
         folder: Path,
         seed: int,
         watch: Watch,
@@ -79,11 +79,15 @@ class GateTrainer(GateLearner):
             if parameters:
                 optimizers[name] = torch.optim.Adam(parameters, lr=config.fresh_learning_rate, fused=True)
         super().__init__(network, batches, plan, optimizers, folder, seed, watch)
-        self.config, self.original, self.energy, self.bias = config, original, energy, bias
+        self.config, self.original, self.energy = config, original, energy
         self.resource = ResourceLoss(
             config.cost, config.price, config.target_macs, rate=config.dual_rate, price_max=config.price_max
         )
-        self.explore, self.ranked = (config.explore, not config.rank) if offsets else (0.0, True)
+        # Without a target there is nothing to start at; gates that learn nothing are not ranked.
+        starts = config.cost != "linear" and bool(offsets)
+        self.explore, self.ranked = (config.explore, not config.rank) if starts else (0.0, True)
+        self.anneal = 0.0 if starts and config.rank else config.anneal
+        self.shut = 0
         self.stochastic = estimators[estimator]().stochastic
 
     def run(self) -> dict[str, float]:
@@ -96,15 +100,15 @@ class GateTrainer(GateLearner):
     @property
     def pressed(self) -> bool:
         """Whether the target has come down to its value."""
-        return self.done >= self.config.anneal
+        return self.done >= max(self.anneal, self.explore)
 
     def extra(self) -> dict[str, Any]:
-        """The price, and whether units were ranked."""
-        return {"price": self.resource.price, "ranked": self.ranked}
+        """The price, whether units were ranked, and how many gates were shut then."""
+        return {"price": self.resource.price, "ranked": self.ranked, "shut": self.shut}
 
     def resume(self, extra: Mapping[str, Any]) -> None:
-        """Takes both back."""
-        self.resource.price, self.ranked = float(extra["price"]), bool(extra["ranked"])
+        """Takes them back."""
+        self.resource.price, self.ranked, self.shut = float(extra["price"]), bool(extra["ranked"]), int(extra["shut"])
 
     def learn(self, inputs: Any, labels: Tensor | None) -> tuple[Float[Tensor, "batch outputs"], dict[str, float]]:
         """One update of everything that learns at this time."""
@@ -116,7 +120,7 @@ class GateTrainer(GateLearner):
         for name, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = rates[name]
-        self.resource.target = 1 - (1 - config.target_macs) * min(self.done / config.anneal if config.anneal else 1, 1)
+        self.resource.target = 1 - (1 - config.target_macs) * min(self.done / self.anneal if self.anneal else 1, 1)
         if deciding and not self.ranked:
             self._rank()
         network.train()
@@ -143,6 +147,7 @@ class GateTrainer(GateLearner):
             "gating/relative_cost": float(relative.detach().mean()),
             "gating/price": price,
             "gating/macs_all_exits": macs,
+            "gating/shut_at_start": float(self.shut),
         }
         if self.energy is not None:
             facts |= {f"energy/{name}": value for name, value in asdict(self.energy.model).items()}
@@ -151,7 +156,7 @@ class GateTrainer(GateLearner):
         return answers, facts | self.shares(trace.decisions)
 
     def _by_chance(self, inputs: Any) -> list[Decision]:
-        """Drawn decisions of all gates: the share of units that run falls to the target in the first half of the time."""
+        """Drawn decisions of all gates: the share of units run falls to the target in the first half of the time."""
         share = 1 - (1 - self.config.target_macs) * min(2 * self.done / self.explore, 1)
         found: list[Decision] = []
         for gate in self.network.gates.values():
@@ -165,7 +170,7 @@ class GateTrainer(GateLearner):
     def _rank(self) -> None:
         """Once, before gates learn."""
         inputs = torch.cat(self._inputs(self.config.rank))[: self.config.rank]
-        start_ranked(self.network, rank(self.network, inputs), self.config.target_macs, self.bias)
+        self.shut = start_ranked(self.network, rank(self.network, inputs), self.config.target_macs, inputs)
         self.ranked = True
 
     def _compute(self, trace: Trace) -> Float[Tensor, " batch"]:

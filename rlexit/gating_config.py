@@ -18,10 +18,12 @@ class GatingConfig:
         steps: samples seen, each in one update; the warm-up is not counted.
         warm_up: samples on which the gates alone first learn to be open, everything else frozen; 0 leaves it out, for gates
             that start open by their bias.
-        explore: share of the steps, the first, in which rows skip units by chance, ever more up to the target, and no gate
-            learns: the trunk comes to bear any path, and what a unit is worth then shows without training.
+        explore: share of the steps, the first, in which rows skip units by chance, ever more until `target_macs` is the
+            share of units that are run, and no gate learns: the trunk comes to bear any path, and what a unit is worth then
+            shows without training. With a target only, so not where `cost` is linear.
         rank: samples on which units are taken away one by one, the one missed least first, after `explore`; gates that skip
             units then start in that order, around the target (`rlexit.ranking`). 0 leaves it out, and gates start alike.
+            With a target only, as `explore`.
         cost: how compute enters the loss: `linear` (price times compute), or towards `target_macs`: `dual` (the price
             rises above the target and falls below), `sign_target` (its sign flips there), `deadband` (0 around it).
         resource: what compute is counted in: `macs`, or `energy` by a three-level memory model whose constants are told.
@@ -29,7 +31,7 @@ class GatingConfig:
         target_macs: mean compute of going to the end, gates included, relative to the full network; in `resource`.
         dual_rate: step of the price per update and per relative MACs above the target.
         price_max: the dual price stays in 0..price_max.
-        anneal: share of the steps in which the target falls from 1 to its value.
+        anneal: share of the steps in which the target falls from 1 to its value; ranked gates start at it.
         learning_rate: of SGD with momentum, for the trunk and its own head.
         fresh_learning_rate: of Adam, for gates and added heads.
         input_from: share of the steps after which gates learn what rows differ in; before, only what all rows have in common
@@ -98,8 +100,6 @@ class GatingConfig:
         for name in ("anneal", "momentum", "warmup", "input_from", "explore"):
             require(0 <= getattr(self, name) < 1, f"gating.{name}", "be in [0, 1)", getattr(self, name))
         require(0 <= self.exits_from <= 1, "gating.exits_from", "be in [0, 1]", self.exits_from)
-        advice = "Gates that learnt to be open would start open, whatever their place in the order."
-        require(not (self.warm_up and self.rank), "gating.rank", "be 0 where gating.warm_up stands", self.rank, advice)
         advice = "Units are ranked by multiply-adds."
         require(
             not self.rank or self.resource == "macs",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,12 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rlexit.costs import cost_table
-from rlexit.gates import Decision
+from rlexit.gates import Decision, opened
 from rlexit.network import StagedNetwork
 from rlexit.objectives import kl_divergence
 from rlexit.state import ExitState
 
-# Logits of the gates at the start, from the unit spared first to the one spared last: p from 0.12 to 0.88.
+# Between the mean logits of the units spared first and last; 4 is from p = 0.12 to 0.88 where half of the gates start shut.
 SPREAD = 4.0
 
 
@@ -56,7 +56,7 @@ def rank(network: StagedNetwork, inputs: Any) -> list[Spared]:
     gone: set[str] = set()
     found: list[Spared] = []
     wanted, before = _pass(network, network.begin(inputs), gone)
-    saved = {name: _saved(network, before[name]) for name in left}
+    saved = {name: _saved(network, name, before[name].select(torch.arange(1))) for name in left}
     while left:
         missed = {name: _divergence(wanted, _pass(network, before[name], {*gone, name})[0]) for name in left}
         chosen = min(left, key=lambda name: missed[name] / max(saved[name], 1))
@@ -69,23 +69,36 @@ def rank(network: StagedNetwork, inputs: Any) -> list[Spared]:
     return found
 
 
-def start_ranked(network: StagedNetwork, spared: Sequence[Spared], target: float, bias: float) -> int:
-    """Moves the gates' logits, alike until now, apart in the order in which units can be spared; 0 lies at the target.
+@torch.no_grad()
+def start_ranked(network: StagedNetwork, spared: Sequence[Spared], target: float, inputs: Any) -> int:
+    """Moves the gates' mean logits apart in the order in which units can be spared; 0 lies at the target.
 
     A price that presses on all of them alike then shuts them one by one, the one missed least first.
 
     Args:
-        network: whose gates they are.
+        network: whose gates they are; in evaluation mode afterwards.
         spared: of `rank`.
         target: relative compute at which gates start.
-        bias: of the logits until now.
+        inputs: (B, ...) raw inputs on which mean logits are taken.
     Returns:
         How many gates start shut.
+    Raises:
+        TypeError: a gate has no logit of its own.
     """
+    network.eval()
     shut = next((count for count, one in enumerate(spared, 1) if one.relative_macs <= target), len(spared))
-    for place, one in enumerate(spared):
-        gate: Any = network.gates[one.name]
-        gate.shift(SPREAD * (place + 0.5 - shut) / len(spared) - bias)
+    wanted = {one.name: SPREAD * (place + 0.5 - shut) / len(spared) for place, one in enumerate(spared)}
+    state = network.begin(inputs)
+    while not network.finished(state):
+        name = network.unit_names[state.unit]
+        if name in wanted:
+            gate: Any = network.gates[name]
+            unit: Any = network.units[name]
+            # A recurrent gate's logit depends on what the gates before it saw, and not on what they decided.
+            gate.shift(wanted[name] - float(gate.level(replace(state, features=unit.glance(state.features))).mean()))
+        state, _ = network.decide(state)
+        state = network.advance(state, _shut(state) if wanted.get(name, 0.0) < 0 else None)
+        state = network.pass_by(state) if network.at_exit(state) else state
     return shut
 
 
@@ -109,9 +122,14 @@ def _shut(state: ExitState) -> Decision:
     return Decision(nothing.to(torch.int64), nothing, nothing, nothing)
 
 
-def _saved(network: StagedNetwork, state: ExitState) -> int:
-    run, skipped = network.advance(state), network.advance(state, _shut(state))
-    return int(run.macs[0] - skipped.macs[0])
+def _saved(network: StagedNetwork, name: str, state: ExitState) -> int:
+    """Multiply-adds that a row spends on a unit and its gate, over those of a row that skips it."""
+    gate: Any = network.gates[name]
+    unit: Any = network.units[name]
+    seen = replace(state, features=unit.glance(state.features))
+    run, skipped = network.advance(state).macs, network.advance(state, _shut(state)).macs
+    asked, spared = gate.macs(seen, opened(gate, 1, state.device)), gate.macs(seen, _shut(state))
+    return int(run + asked - skipped - spared)
 
 
 def _divergence(wanted: Tensor, answers: Tensor) -> float:

@@ -29,8 +29,9 @@ from rlexit.resource import dual_step, settled_shift
 from rlexit.state import map_tensors
 from rlexit.walks import Walk, walk
 
-# Training samples on which greedy decisions are brought to the target at the end.
+# Training samples, varied as in training, on which greedy decisions are brought to the target at the end, and bisections.
 SETTLED_ON = 2048
+SETTLING = 13
 
 
 class PathRefiner(GateLearner):
@@ -81,6 +82,11 @@ class PathRefiner(GateLearner):
             parameter.requires_grad_(config.trunk == "trained")
         if config.trunk == "trained":
             optimizers["trunk"] = torch.optim.SGD(trunk, lr=config.trunk_learning_rate, momentum=0.9)
+        deciding: list[Any] = [gate for gate in network.gates.values() if gate.decides]
+        if algo == "ppo" and config.target_macs and not all(gate.shifts for gate in deciding):
+            advice = "Set it to 0, a fixed price, or use gates of another kind."
+            raise ValueError(f"`refine.target_macs` must have gates with a logit of their own. {advice}")
+        self.deciding = deciding
         super().__init__(network, batches, plan, optimizers, folder, seed, watch)
         self.config, self.original, self.algo = config, original, algo
         self.price = config.price
@@ -103,15 +109,14 @@ class PathRefiner(GateLearner):
 
         def cost(shift: float) -> float:
             nonlocal at
-            for gate in self.network.gates.values():
-                if gate.decides:
-                    gate.shift(at - shift)  # type: ignore[operator]
+            for gate in self.deciding:
+                gate.shift(at - shift)
             at = shift
             macs = torch.cat([walk(self.network, inputs, "greedy").macs for inputs in many])
             return float(macs.double().mean()) / self.plan.full
 
-        settled_shift(cost, self.config.target_macs)
-        return {"refine/cost_settled": cost(at), "refine/shift": at}
+        shift = settled_shift(cost, self.config.target_macs, SETTLING)
+        return {"refine/cost_settled": cost(shift), "refine/shift": shift}
 
     def learn(self, inputs: Any, labels: Tensor | None) -> tuple[Float[Tensor, "batch outputs"], dict[str, float]]:
         """One batch of paths, and what is learnt from it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 from jaxtyping import Float
@@ -10,9 +11,8 @@ from torch import Tensor
 from rlexit.config import require
 from rlexit.gating_config import COSTS
 
-# Logits by which all gates are shifted, at most, to meet a target, and in how many steps the shift is found.
+# Logits by which all gates are shifted, at most, to meet a target.
 WIDEST_SHIFT = 8.0
-BISECTIONS = 7
 
 
 def price_of_alpha(alpha: float, batch: int, costs: Sequence[float]) -> float:
@@ -85,7 +85,7 @@ class ResourceLoss:
             self.price = dual_step(self.price, mean, self.target, self.rate, self.price_max)
 
 
-def settled_shift(cost: Callable[[float], float], target: float) -> float:
+def settled_shift(cost: Callable[[float], float], target: float, steps: int = 7) -> float:
     """The shift of all gates' logits towards less compute with which greedy decisions cost the target, or a little less.
 
     A logit is a gain over a weight, so one shift of all gates is another price: what is worth most stays.
@@ -93,14 +93,22 @@ def settled_shift(cost: Callable[[float], float], target: float) -> float:
     Args:
         cost: moves the logits by so much from where they were first, and tells the mean relative compute then.
         target: mean relative compute.
+        steps: bisections of -8..8.
     Returns:
-        The shift, in -8..8; it was the last that `cost` was asked for.
+        The shift; it was the last that `cost` was asked for. Where no shift meets the target, a warning says so.
     """
     low, high = -WIDEST_SHIFT, WIDEST_SHIFT
-    for _ in range(BISECTIONS):
+    for _ in range(steps):
         middle = (low + high) / 2
         low, high = (middle, high) if cost(middle) > target else (low, middle)
-    cost(high)
+    found = cost(high)
+    if high == WIDEST_SHIFT and found > target:
+        warnings.warn(
+            f"No shift of the gates meets a target of {target:g}: with most of them shut it costs {found:.3f}. "
+            "Raise the target.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     return high
 
 

@@ -26,6 +26,7 @@ class Classifiers(Protocol):
     """What of the domain is needed here."""
 
     config: VisionConfig
+    device: str
 
     def network(self, teacher: Path, method: Method) -> StagedNetwork:
         """The frozen classifier with a method's parts."""
@@ -63,19 +64,19 @@ def learn_gates(
         watch: stop and progress.
     Source: Wang et al. 2020 (DDI), arXiv 1907.04523; Wang et al. 2018 (SkipNet), arXiv 1711.09485, section 3.3.
     """
+    if domain.device != "cpu":
+        raise ValueError(f"`--device` must be cpu for methods with gates, got {domain.device!r}. Leave it out.")
     config, full = domain.config.gating, cost_table(network.eval(), domain.example()).full
     batches = domain.batches(seed)
     if method.algo:
         curriculum = replace(domain.config.refine, trunk="frozen", steps=config.steps, penalty=1.0, target_macs=0.0)
         return PathRefiner(network, None, batches, curriculum, method.algo, full, 0, folder, seed, watch).run()
     if not method.priced:
-        config = replace(config, cost="linear", price=0.0, explore=0.0, rank=0)
+        config = replace(config, cost="linear", price=0.0)
     original = domain.network(teacher, Method()) if config.hint or config.distillation else None
     energy = energy_table(network, domain.example()) if config.resource == "energy" else None
-    gates = domain.config.gates
-    return GateTrainer(
-        network, original, batches, config, full, energy, gates.estimator, gates.bias, folder, seed, watch
-    ).run()
+    estimator = domain.config.gates.estimator
+    return GateTrainer(network, original, batches, config, full, energy, estimator, folder, seed, watch).run()
 
 
 def refine(

@@ -75,13 +75,24 @@ class Gate(nn.Module):
         """The parameters that add to the logits of every row alike; none by default."""
         return []
 
+    @property
+    def shifts(self) -> bool:
+        """Whether the gate has a logit of its own that `shift` moves and `level` tells."""
+        return bool(self.offsets())
+
     def shift(self, by: float) -> None:
-        """Adds to the logit of running the unit, or of its channels where those are all it decides, for every row alike.
+        """Adds to the logit of running the unit, or to those of its channels where these are all it decides, for every row.
 
         Raises:
-            TypeError: the gate has no logit of its own.
+            TypeError: the gate has no such logit.
         """
-        raise TypeError(f"`{type(self).__name__}` has no logit of its own to shift. Choose lstm, ff1, ff2 or static.")
+        raise TypeError(
+            f"`{type(self).__name__}` must have a logit of its own to be shifted. Use gates of another kind."
+        )
+
+    def level(self, state: ExitState) -> Float[Tensor, " batch"]:
+        """(B,) the logit of running the unit that `shift` moves; raises TypeError where `shift` does."""
+        raise TypeError(f"`{type(self).__name__}` must have a logit of its own to be read. Use gates of another kind.")
 
     def macs(self, state: ExitState, decision: Decision | None = None) -> Int[Tensor, " batch"]:
         """(B,) multiply-adds of the gate itself, given what it decided; the most that it may cost without a decision."""

@@ -68,6 +68,10 @@ class CompositeGate(Gate):
         """Moves the layer gate's."""
         self.layer.shift(by)
 
+    def level(self, state: ExitState) -> Float[Tensor, " batch"]:
+        """(B,) of the layer gate."""
+        return self.layer.level(state)
+
     def macs(self, state: ExitState, decision: Decision | None = None) -> Int[Tensor, " batch"]:
         """(B,) the layer gate's, and the channel gate's where the unit is run."""
         fine = self.channel.macs(state)

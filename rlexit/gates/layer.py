@@ -44,6 +44,10 @@ class LayerGate(Gate):
         """(B,) logit of running the unit, and the new carry."""
         raise TypeError(f"`{type(self).__name__}` must implement `logits`.")
 
+    def level(self, state: ExitState) -> Float[Tensor, " batch"]:
+        """(B,) logit; nothing is carried on."""
+        return self.logits(state)[0]
+
     def decide(
         self, state: ExitState, mode: Mode, given: Decision | None = None, generator: torch.Generator | None = None
     ) -> tuple[Decision, Any]:
@@ -152,7 +156,8 @@ class FeedForwardGate(LayerGate):
     @torch.no_grad()
     def shift(self, by: float) -> None:
         """Moves both outputs, in opposite directions."""
-        last_linear(self.module).bias.add_(torch.tensor([-by / 2, by / 2]))
+        bias = last_linear(self.module).bias
+        bias.add_(bias.new_tensor([-by / 2, by / 2]))
 
     def macs(self, state: ExitState, decision: Decision | None = None) -> Int[Tensor, " batch"]:
         """(B,) multiply-adds of the small net."""

@@ -115,22 +115,12 @@ class ToldGate(LayerGate):
     def __init__(self, index: int, config: GateConfig) -> None:
         super().__init__(config)
         self.index = index
-        self.offset = nn.Parameter(torch.zeros(()))
-
-    def offsets(self) -> list[nn.Parameter]:
-        """One number for the unit, beside what the policy net emits."""
-        return [self.offset]
-
-    @torch.no_grad()
-    def shift(self, by: float) -> None:
-        """Moves the unit's own number."""
-        self.offset.add_(by)
 
     def logits(self, state: ExitState) -> tuple[Float[Tensor, " batch"], Any]:
         """(B,) logit; raises RuntimeError where the policy net was not asked."""
         if not isinstance(state.carry, dict) or PolicyNetGate.key not in state.carry:
             raise RuntimeError("`policy_net` must be asked before the first unit, got no logits. Keep its entry gate.")
-        return state.carry[PolicyNetGate.key][:, self.index] + self.offset, state.carry
+        return state.carry[PolicyNetGate.key][:, self.index], state.carry
 
 
 @gates.register("policy_net")

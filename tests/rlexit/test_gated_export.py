@@ -297,6 +297,19 @@ def test_a_gated_manifest_is_refused_before_a_graph_is_read(tmp_path, change):
         serve.load(folder)
 
 
+def test_conditions_of_branches_have_one_dimension_as_openvino_wants_them(tmp_path):
+    network = gated("lstm")
+    export(network, parting(network, ROWS), ROWS, tmp_path / "export", "onnx", {})
+    seen = 0
+    for path in (tmp_path / "export").glob("*.onnx"):
+        model = onnx.shape_inference.infer_shapes(onnx.load(path))
+        ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in model.graph.value_info}
+        conditions = [node.input[0] for node in model.graph.node if node.op_type == "If"]
+        assert all(ranks[name] <= 1 for name in conditions)
+        seen += len(conditions)
+    assert seen
+
+
 def test_openvino_serves_a_gated_export_too(tmp_path):
     pytest.importorskip("openvino", reason="the extra `openvino` is not installed")
     network = gated("lstm")

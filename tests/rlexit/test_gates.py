@@ -217,15 +217,16 @@ def gate_macs(kind: str, channels: int, side: int, width: int = 0) -> int:
 # ---- the recurrent, the composite, the told ----
 
 
-def test_the_recurrent_gate_decides_in_full_precision_whatever_the_units_compute_in():
-    network = network_of("lstm")
+@pytest.mark.parametrize("kind", ["lstm", "ff1", "ff2", "static", "conv_channel", "dense_channel", "pooled_channel"])
+def test_a_gate_decides_in_full_precision_whatever_the_units_compute_in(kind):
+    network = network_of(kind)
     gate = network.gates[next(iter(network.gates))]
     features = inputs(8).to(torch.bfloat16)
     state = network.begin(inputs(8))
     with torch.autocast("cpu", torch.bfloat16):
-        lowered, _ = gate.logits(replace(state, features=features))
-    exact, _ = gate.logits(replace(state, features=features.float()))
-    torch.testing.assert_close(lowered, exact, rtol=0, atol=1e-5)
+        lowered, _ = gate.decide(replace(state, features=features), "greedy")
+    exact, _ = gate.decide(replace(state, features=features.float()), "greedy")
+    torch.testing.assert_close(lowered.log_prob, exact.log_prob, rtol=0, atol=1e-5)
 
 
 def test_the_recurrent_gate_starts_afresh_in_every_pass_and_remembers_within_one():

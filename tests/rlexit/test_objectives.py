@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rlexit.objectives import agreement, cross_entropy, kl_divergence
+from rlexit.objectives import agreement, cross_entropy, hint_distance, kl_divergence
 
 TEACHER = torch.tensor([[1.0, 0.0, -1.0], [0.2, 0.1, 0.0]]).log_softmax(dim=-1)
 STUDENT = torch.tensor([[0.5, 0.5, 0.0], [0.0, 1.0, 0.0]]).log_softmax(dim=-1)
@@ -63,3 +63,13 @@ def test_agreement_is_1_where_the_likeliest_output_is_the_teachers():
 def test_losses_of_no_rows_are_empty(loss):
     assert loss(torch.zeros(0, 3), torch.zeros(0, 2, 3)).shape == (0, 2)
     assert cross_entropy(torch.zeros(0, dtype=torch.int64), torch.zeros(0, 2, 3)).shape == (0, 2)
+
+
+def test_a_hint_is_the_squared_distance_relative_to_the_mean_square_of_what_is_wanted():
+    wanted = torch.tensor([[[3.0, 4.0]], [[0.0, 5.0]]])  # squares 25 and 25
+    found = torch.tensor([[[3.0, 0.0]], [[0.0, 5.0]]], requires_grad=True)
+    distance = hint_distance(wanted, found)
+    torch.testing.assert_close(distance, torch.tensor([16 / 25, 0.0]))
+    assert float(hint_distance(wanted, torch.zeros_like(wanted)).mean()) == 1
+    distance.sum().backward()
+    torch.testing.assert_close(found.grad[0], torch.tensor([[0.0, -8 / 25]]))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from rlexit.resource import ResourceLoss, dual_step, price_of_alpha
+from rlexit.resource import ResourceLoss, dual_step, price_of_alpha, settled_shift
 
 
 def test_the_published_alpha_is_a_price_of_nine_tenths():
@@ -63,3 +65,21 @@ def test_a_negative_price_and_an_unknown_mode_are_refused():
         ResourceLoss("linear", -0.1)
     with pytest.raises(ValueError, match="`cost` must be one of linear, sign_target, deadband, dual, got 'exact'"):
         ResourceLoss("exact")
+
+
+@pytest.mark.parametrize("target", [0.2, 0.5, 0.9])
+def test_gates_are_shifted_until_they_cost_the_target_or_a_little_less(target):
+    asked: list[float] = []
+
+    def cost(shift: float) -> float:
+        asked.append(shift)
+        return 1 / (1 + math.exp(shift))
+
+    shift = settled_shift(cost, target, 13)
+    assert asked[-1] == shift
+    assert target - 0.001 < cost(shift) <= target
+
+
+def test_a_target_that_no_shift_meets_is_told():
+    with pytest.warns(RuntimeWarning, match="No shift of the gates meets a target of 0.1"):
+        assert settled_shift(lambda shift: 0.3, 0.1) == 8

@@ -586,7 +586,10 @@ def residual_layers() -> StagedNetwork:
 
 
 def scatter(network: StagedNetwork) -> None:
-    """Spreads the gates' logits around 0, so that rows are decided differently."""
+    """Spreads the gates' logits around 0, so that rows are decided differently, and units of one core too."""
+    for name, value in network.gates.named_parameters():
+        if name.endswith("offset"):
+            nn.init.normal_(value, std=0.5)
     for gate in network.gates.modules():
         if isinstance(gate, (nn.Linear, nn.LSTMCell)):
             for name, value in gate.named_parameters():

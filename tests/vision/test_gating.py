@@ -166,7 +166,7 @@ def test_a_stopped_training_goes_on_to_the_same_weights(teacher, tmp_path, ways)
     expected = learn(whole, Watch())
     told: list[int] = []
     with pytest.raises(Stopped):
-        learn(parts, Watch(lambda: len(told) > 6, lambda done, total, facts: told.append(done)))
+        learn(parts, Watch(lambda: len(told) > 9, lambda done, total, facts: told.append(done)))
     found = learn(parts, Watch())
     assert all(torch.equal(found[key], value) for key, value in expected.items())
     assert read_scalars(whole) == read_scalars(parts)
@@ -184,35 +184,63 @@ def learnt(teacher: Path, folder: Path, method: str, **ways: Any) -> tuple[Any, 
     return network, curves
 
 
+def start(teacher: Path, method: str = "layer_gates") -> dict[str, Any]:
+    """Weights before anything is learnt."""
+    torch.manual_seed(3)
+    return VisionDomain(TINY).network(teacher / "teacher", METHODS[method]).state_dict()
+
+
 def test_units_are_dropped_by_chance_before_gates_learn_anything(teacher, tmp_path):
-    _, curves = learnt(teacher, tmp_path, "layer_gates", explore=0.5, rank=32, steps=256, recalibrate=0)
-    half = len(curves["gating/price"]) // 2
-    assert curves["gating/price"][0] == curves["gating/price"][half - 1]  # nothing presses yet
-    shares = [curves[f"gate/open_frac/{name}"] for name in UNITS]
-    assert all(0 < share[half - 1] < 1 for share in shares)
+    network, curves = learnt(teacher, tmp_path, "layer_gates", explore=0.999, rank=32, recalibrate=0)
+    assert len(set(curves["gating/price"])) == 1  # nothing presses yet
     cost = curves["gating/relative_cost"]
-    assert cost[half - 1] < cost[0]
+    assert cost[-1] < cost[0]
+    assert all(0 < curves[f"gate/open_frac/{name}"][-1] < 1 for name in UNITS)
+    kept, first = network.state_dict(), start(teacher)
+    assert all(torch.equal(kept[key], value) for key, value in first.items() if key.startswith("gates."))
+    assert not torch.equal(kept["units.layer1_1.module.conv1.weight"], first["units.layer1_1.module.conv1.weight"])
 
 
-def test_ranked_gates_go_on_from_the_target_and_see_their_rows_only_later(teacher, tmp_path):
-    network, curves = learnt(
-        teacher, tmp_path, "layer_gates", rank=32, anneal=0.0, target_macs=0.5, input_from=0.9, recalibrate=0
-    )
-    assert curves["gating/relative_cost"][0] < 0.65
-    before = VisionDomain(TINY)
-    torch.manual_seed(3)
-    start = before.network(teacher / "teacher", METHODS["layer_gates"])
-    kept, moved = network.state_dict(), start.state_dict()
-    assert not torch.equal(kept["gates.layer2_1.offset"], moved["gates.layer2_1.offset"])
+def test_ranked_gates_go_on_from_the_target(teacher, tmp_path):
+    ways = {"target_macs": 0.5, "learning_rate": 1e-9, "fresh_learning_rate": 1e-9, "recalibrate": 0}
+    _, alike = learnt(teacher, tmp_path / "alike", "layer_gates", **ways)
+    _, ranked = learnt(teacher, tmp_path / "ranked", "layer_gates", rank=32, **ways)
+    assert alike["gating/relative_cost"][0] > 0.9
+    assert ranked["gating/relative_cost"][0] < 0.7
+    assert ranked["gating/shut_at_start"][-1] >= 1
+    assert alike["gating/shut_at_start"][-1] == 0
 
 
-def test_what_rows_differ_in_is_not_learnt_before_its_time(teacher, tmp_path):
-    network, _ = learnt(teacher, tmp_path, "layer_gates", input_from=0.99, recalibrate=0)
-    torch.manual_seed(3)
-    start = VisionDomain(TINY).network(teacher / "teacher", METHODS["layer_gates"])
-    kept, first = network.state_dict(), start.state_dict()
-    assert torch.equal(kept["gates.layer1_1.embed.weight"], first["gates.layer1_1.embed.weight"])
+def test_without_a_target_units_are_neither_dropped_nor_ranked(teacher, tmp_path):
+    ways = {"cost": "linear", "price": 0.0, "explore": 0.5, "rank": 32, "recalibrate": 0}
+    _, curves = learnt(teacher, tmp_path, "layer_gates", **ways)
+    assert curves["gating/shut_at_start"][-1] == 0
+    assert min(curves["gating/relative_cost"]) > 0.9
+
+
+@pytest.mark.parametrize(("begins", "moved"), [(0.999, False), (0.3, True)])
+def test_what_rows_differ_in_is_learnt_from_its_time_on(teacher, tmp_path, begins, moved):
+    network, _ = learnt(teacher, tmp_path, "layer_gates", input_from=begins, recalibrate=0)
+    kept, first = network.state_dict(), start(teacher)
+    embedding = "gates.layer1_1.embed.weight"
+    assert torch.equal(kept[embedding], first[embedding]) != moved
     assert not torch.equal(kept["gates.layer1_1.offset"], first["gates.layer1_1.offset"])
+
+
+def test_refined_paths_end_greedily_at_their_target(layer_gates, tmp_path):
+    made = VisionDomain(replace(TINY, gating=replace(TINY.gating, recalibrate=0)))
+    network = made.network(layer_gates / "teacher", METHODS["gates_ppo"])
+    facts = made.refine(network, layer_gates / "teacher", METHODS["gates_ppo"], tmp_path, 0, Watch())
+    assert facts["refine/cost_settled"] <= TINY.refine.target_macs
+    assert [value for _, tag, value in read_scalars(tmp_path) if tag == "refine/cost_settled"]
+
+
+def test_gates_learn_on_the_cpu_only_and_say_so(teacher, tmp_path):
+    made = VisionDomain(TINY)
+    network = made.network(teacher / "teacher", METHODS["layer_gates"])
+    made.device = "cuda"
+    with pytest.raises(ValueError, match="`--device` must be cpu"):
+        made.learn_gates(network, teacher / "teacher", METHODS["layer_gates"], tmp_path, 0, Watch())
 
 
 def test_hints_keep_the_last_features_near_those_of_the_original(teacher, tmp_path):
