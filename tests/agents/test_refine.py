@@ -308,6 +308,7 @@ def test_a_stopped_refinement_goes_on_with_weights_moments_and_prices(teacher, t
     assert second.samples == second.total
 
 
+@pytest.mark.filterwarnings("ignore:No shift of the gates meets")
 def test_a_price_with_a_target_rises_above_it_and_falls_below_and_never_under_zero(teacher, tmp_path):
     for target, rises in ((0.01, True), (5.0, False)):
         made = refiner(teacher, tmp_path / str(target), replace(REFINE, target_macs=target, dual_rate=0.1))
@@ -322,6 +323,7 @@ def test_a_price_with_a_target_rises_above_it_and_falls_below_and_never_under_ze
     assert made.prices == {"clone": REFINE.clone_price, "ppo": REFINE.price}
 
 
+@pytest.mark.filterwarnings("ignore:No shift of the gates meets")
 def test_collapsed_gates_are_told_loudly_and_the_healthy_state_is_kept(teacher, tmp_path):
     config = replace(REFINE, collapse_after=2, checkpoint_updates=1, steps=96)
     made = refiner(teacher, tmp_path, config)

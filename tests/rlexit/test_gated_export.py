@@ -57,8 +57,8 @@ def gated(kind: str) -> StagedNetwork:
                 if isinstance(gate, FeedForwardGate):
                     linear = [layer for layer in gate.modules() if isinstance(layer, torch.nn.Linear)][-1]
                     linear.bias[1] -= logits.sort().values[15:17].mean()
-        if kind == "lstm":
-            network.gates["block0"].core.logit.bias -= torch.stack(_logits(network)).median()
+                elif isinstance(gate, RecurrentGate):
+                    gate.offset -= logits.sort().values[15:17].mean()
         if kind == "static":
             network.gates["block1"].logit.fill_(-1.0)
             network.gates["block2"].logit.fill_(1.0)
