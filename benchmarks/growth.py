@@ -105,7 +105,9 @@ def _draw(found: dict[tuple[str, str], list[tuple[int, float, float, float]]], p
                 counts, middle, low, high = np.array(rows).T
                 axes.errorbar(counts, middle, yerr=[middle - low, high - middle], marker="o", capsize=2, label=work)
         axes.set(xlabel=what, ylabel="s per 1,000 decisions" + (", summed" if what == "different games" else ""))
+        axes.set_xticks(counts)
         axes.set_ylim(bottom=0)
+        axes.margins(y=0.08)
     axes.legend()
     figure.savefig(path, dpi=150)
 
