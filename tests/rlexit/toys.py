@@ -587,13 +587,13 @@ def residual_layers() -> StagedNetwork:
 
 def scatter(network: StagedNetwork) -> None:
     """Spreads the gates' logits around 0, so that rows are decided differently, and units of one core too."""
-    for name, value in network.gates.named_parameters():
-        if name.endswith("offset"):
-            nn.init.normal_(value, std=0.5)
     for gate in network.gates.modules():
         if isinstance(gate, (nn.Linear, nn.LSTMCell)):
             for name, value in gate.named_parameters():
                 nn.init.normal_(value, std=3.0 if "weight" in name else 0.3)
+    offsets = [value for name, value in network.gates.named_parameters() if name.endswith("offset")]
+    for index, value in enumerate(offsets):
+        nn.init.constant_(value, 0.1 if index % 2 else -0.1)
 
 
 TOYS["residual_layers"] = Toy(residual_layers, gated=True)
