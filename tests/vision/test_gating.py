@@ -410,6 +410,7 @@ def test_gates_that_are_all_shut_for_long_are_told_and_the_healthy_state_is_kept
         gating=replace(TINY.gating, cost="linear", price=50.0, collapse_after=4, checkpoint_buffers=1, steps=960),
     )
     made, method = VisionDomain(config), METHODS["layer_gates"]
+    torch.manual_seed(3)
     network = made.network(teacher / "teacher", method)
     with pytest.warns(RuntimeWarning, match="all 5 gates were shut for 4 updates.*Lower `gating.price`.*`healthy`"):
         made.learn_gates(network, teacher / "teacher", method, tmp_path, 0, Watch())
