@@ -170,7 +170,11 @@ class GateTrainer(GateLearner):
     def _rank(self) -> None:
         """Once, before gates learn."""
         inputs = torch.cat(self._inputs(self.config.rank))[: self.config.rank]
-        self.shut = start_ranked(self.network, rank(self.network, inputs), self.config.target_macs, inputs)
+
+        def told(done: int, units: int) -> None:
+            self.watch.progress(self.samples, self.plan.steps, {"units_ranked": done, "of_units": units})
+
+        self.shut = start_ranked(self.network, rank(self.network, inputs, told), self.config.target_macs, inputs)
         self.ranked = True
 
     def _compute(self, trace: Trace) -> Float[Tensor, " batch"]:

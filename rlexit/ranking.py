@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,7 +36,9 @@ class Spared:
 
 
 @torch.no_grad()
-def rank(network: StagedNetwork, inputs: Any) -> list[Spared]:
+def rank(
+    network: StagedNetwork, inputs: Any, told: Callable[[int, int], None] = lambda done, total: None
+) -> list[Spared]:
     """Takes gated units away one by one, each time the one that is missed least per multiply-add that it saves.
 
     Nothing is trained, and no gate is asked. What a unit is worth depends on those that are already gone, so that all that
@@ -45,6 +47,7 @@ def rank(network: StagedNetwork, inputs: Any) -> list[Spared]:
     Args:
         network: with gates that skip units; in evaluation mode afterwards.
         inputs: (B, ...) raw inputs; the answers of the full network are the measure, so no labels are needed.
+        told: how many units are gone, and of how many: at first, and after each one.
     Returns:
         Every unit whose gate may skip it, the one spared first at the front.
     """
@@ -55,6 +58,7 @@ def rank(network: StagedNetwork, inputs: Any) -> list[Spared]:
     left = [name for name, gate in network.gates.items() if gate.may_skip and gate.decides]
     gone: set[str] = set()
     found: list[Spared] = []
+    told(0, len(left))
     wanted, before = _pass(network, network.begin(inputs), gone)
     saved = {name: _saved(network, name, before[name].select(torch.arange(1))) for name in left}
     while left:
@@ -64,6 +68,7 @@ def rank(network: StagedNetwork, inputs: Any) -> list[Spared]:
         gone.add(chosen)
         cost -= saved[chosen]
         found.append(Spared(chosen, missed[chosen], cost / table.full))
+        told(len(found), len(saved))
         if left:
             before = _pass(network, network.begin(inputs), gone)[1]
     return found

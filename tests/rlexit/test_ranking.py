@@ -47,6 +47,13 @@ def test_every_unit_that_may_be_skipped_is_ranked_once():
     assert sorted(one.name for one in rank(network, ROWS)) == sorted(network.gates)
 
 
+def test_a_ranking_tells_of_every_unit_that_goes():
+    network = network_of("static")
+    seen: list[tuple[int, int]] = []
+    count = len(rank(network, ROWS, lambda done, units: seen.append((done, units))))
+    assert seen == [(done, count) for done in range(count + 1)]
+
+
 def test_a_unit_that_changes_nothing_is_spared_first_and_not_missed():
     network = network_of("static")
     block = network.units["block2"].module

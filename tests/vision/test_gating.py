@@ -211,6 +211,17 @@ def test_ranked_gates_go_on_from_the_target(teacher, tmp_path):
     assert alike["gating/shut_at_start"][-1] == 0
 
 
+def test_a_person_sees_units_being_ranked(teacher, tmp_path):
+    made = VisionDomain(replace(TINY, gating=replace(TINY.gating, rank=16, steps=64, recalibrate=0)))
+    network = made.network(teacher / "teacher", METHODS["layer_gates"])
+    seen: list[tuple[int, int, dict[str, float]]] = []
+    watch = Watch(progress=lambda done, total, facts: seen.append((done, total, facts)))
+    made.learn_gates(network, teacher / "teacher", METHODS["layer_gates"], tmp_path, 0, watch)
+    ranking = [one for one in seen if "units_ranked" in one[2]]
+    assert ranking == [(0, 64, {"units_ranked": done, "of_units": 5}) for done in range(6)]
+    assert seen[: len(ranking)] == ranking
+
+
 def test_without_a_target_units_are_neither_dropped_nor_ranked(teacher, tmp_path):
     ways = {"cost": "linear", "price": 0.0, "explore": 0.5, "rank": 32, "recalibrate": 0}
     _, curves = learnt(teacher, tmp_path, "layer_gates", **ways)
