@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from agents.paths import REUSE, Batch, gate_names
-from rlexit.gates.layer import DepthCell
 from rlexit.network import StagedNetwork
 from rlexit.resource import settled_shift
 
@@ -21,7 +19,7 @@ Greedy = Callable[[], tuple[Batch, float]]
 
 
 def settle(network: StagedNetwork, drawn: Batch, greedy: Greedy, target: float) -> dict[str, float]:
-    """Shifts the gates' biases so that greedy decisions do what drawn ones did.
+    """Shifts the gates' logits so that greedy decisions do what drawn ones did.
 
     A gate that draws with p = 0.3 everywhere opens in three of ten steps, and greedily in none.
 
@@ -35,12 +33,9 @@ def settle(network: StagedNetwork, drawn: Batch, greedy: Greedy, target: float) 
     """
     for _ in range(0 if target else ROUNDS):
         now = greedy()[0].logits()
-        wanted = drawn.open_shares()
-        for names in alike(network, wanted):
-            found = torch.cat([now.get(name, torch.zeros(0)) for name in names])
-            opened = torch.cat([(drawn.gates[name].action[drawn.gates[name].asked] > 0).float() for name in names])
-            if len(found):
-                shift(network, names[0], -float(torch.quantile(found, 1 - float(opened.mean()))))
+        for name, share in drawn.open_shares().items():
+            if name in now:
+                shift(network, name, -float(torch.quantile(now[name], 1 - share)))
     if target:
         _cheapen_to(network, target, greedy)
     rows, cost = greedy()
@@ -66,31 +61,13 @@ def _cheapen_to(network: StagedNetwork, target: float, greedy: Greedy) -> None:
 def _cheapen(network: StagedNetwork, by: float) -> None:
     """Moves every gate's logit towards less compute: leave, skip, repeat."""
     units, leaving = gate_names(network)
-    for names in alike(network, leaving):
-        shift(network, names[0], by)
-    for names in alike(network, (*units, *([REUSE] if network.reuse is not None else []))):
-        shift(network, names[0], -by)
+    for name in leaving:
+        shift(network, name, by)
+    for name in (*units, *([REUSE] if network.reuse is not None else [])):
+        shift(network, name, -by)
 
 
-def alike(network: StagedNetwork, names: Iterable[str]) -> list[list[str]]:
-    """Names of gates, those together whose logits come from one layer, as recurrent gates' do."""
-    groups: dict[int, list[str]] = {}
-    for name in names:
-        groups.setdefault(id(_last(network, name)), []).append(name)
-    return list(groups.values())
-
-
-def _last(network: StagedNetwork, name: str) -> nn.Linear:
-    if name.startswith("gates."):
-        shared = next((module for module in network.gates.modules() if isinstance(module, DepthCell)), None)
-        if shared is not None:
-            return shared.logit
+def shift(network: StagedNetwork, name: str, by: float) -> None:
+    """Moves the logit of the gate of that name."""
     gate: Any = network.get_submodule(name)
-    return [module for module in gate.modules() if isinstance(module, nn.Linear)][-1]
-
-
-def shift(network: StagedNetwork, name: str, value: float) -> None:
-    """Adds to the bias of a gate's last layer, and so to its logit."""
-    bias: Tensor = _last(network, name).bias
-    with torch.no_grad():
-        bias.add_(value)
+    gate.shift(by)

@@ -72,7 +72,7 @@ class Gate(nn.Module):
         raise TypeError(f"`{type(self).__name__}` must implement `decide`.")
 
     def offsets(self) -> list[nn.Parameter]:
-        """The parameters that add to the logits of every row alike; none by default."""
+        """The parameters that add to the logits of every row alike; none by default. `shift` adds to each, by default."""
         return []
 
     @property
@@ -80,18 +80,25 @@ class Gate(nn.Module):
         """Whether the gate has a logit of its own that `shift` moves and `level` tells."""
         return bool(self.offsets())
 
+    @torch.no_grad()
     def shift(self, by: float) -> None:
-        """Adds to the logit of running the unit, or to those of its channels where these are all it decides, for every row.
+        """Adds to the logit of action 1, or to those of the channels where these are all it decides, for every row.
+
+        Action 1 runs the unit; of gates that stand elsewhere, it leaves, or computes a new answer.
 
         Raises:
             TypeError: the gate has no such logit.
         """
-        raise TypeError(
-            f"`{type(self).__name__}` must have a logit of its own to be shifted. Use gates of another kind."
-        )
+        offsets = self.offsets()
+        if not offsets:
+            raise TypeError(
+                f"`{type(self).__name__}` must have a logit of its own to be shifted. Use gates of another kind."
+            )
+        for parameter in offsets:
+            parameter.add_(by)
 
     def level(self, state: ExitState) -> Float[Tensor, " batch"]:
-        """(B,) the logit of running the unit that `shift` moves; raises TypeError where `shift` does."""
+        """(B,) the logit of action 1 that `shift` moves; raises TypeError where `shift` does."""
         raise TypeError(f"`{type(self).__name__}` must have a logit of its own to be read. Use gates of another kind.")
 
     def macs(self, state: ExitState, decision: Decision | None = None) -> Int[Tensor, " batch"]:

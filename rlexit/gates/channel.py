@@ -63,12 +63,6 @@ class ChannelGate(Gate):
         """Of the last layer."""
         return [last_linear(self.module).bias]
 
-    @torch.no_grad()
-    def shift(self, by: float) -> None:
-        """Moves the logits of all channels alike."""
-        for parameter in self.offsets():
-            parameter.add_(by)
-
     def macs(self, state: ExitState, decision: Decision | None = None) -> Int[Tensor, " batch"]:
         """(B,) multiply-adds of the small net."""
         return torch.full_like(state.macs, macs_per_row(self.module, state.features))

@@ -111,11 +111,6 @@ class StaticGate(LayerGate):
         """The logit."""
         return [self.logit]
 
-    @torch.no_grad()
-    def shift(self, by: float) -> None:
-        """Moves the logit."""
-        self.logit.add_(by)
-
     def logits(self, state: ExitState) -> tuple[Float[Tensor, " batch"], Any]:
         """(B,) the same logit; nothing is carried."""
         return self.logit.expand(len(state)), state.carry

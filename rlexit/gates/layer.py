@@ -121,11 +121,6 @@ class RecurrentGate(LayerGate):
         """One number for the unit."""
         return [self.offset]
 
-    @torch.no_grad()
-    def shift(self, by: float) -> None:
-        """Moves the unit's own number."""
-        self.offset.add_(by)
-
     def macs(self, state: ExitState, decision: Decision | None = None) -> Int[Tensor, " batch"]:
         """(B,) multiply-adds of embedding, LSTM and logit."""
         return torch.full_like(state.macs, self.embed.in_features * HIDDEN + self._core_macs)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
 from rlexit.gates import Decision, Gate, Mode
 from rlexit.gates.estimators import decision_of, estimators
+from rlexit.gates.layer import last_linear
 from rlexit.macs import macs_per_row
 from rlexit.state import ExitState
 
@@ -56,9 +57,16 @@ class LeaveGate(Gate):
         self, state: ExitState, mode: Mode, given: Decision | None = None, generator: torch.Generator | None = None
     ) -> tuple[Decision, Any]:
         """Whether each row wants to leave; nothing is carried."""
+        return decision_of(self.level(state), mode, self.estimator, given, generator, self.training), state.carry
+
+    def offsets(self) -> list[nn.Parameter]:
+        """Of the last layer."""
+        return [last_linear(self.module).bias]
+
+    def level(self, state: ExitState) -> Float[Tensor, " batch"]:
+        """(B,) the logit of leaving."""
         features = state.features.detach() if self.detach else state.features
-        logits = self.module(features).reshape(len(state))
-        return decision_of(logits, mode, self.estimator, given, generator, self.training), state.carry
+        return self.module(features).reshape(len(state))
 
     def macs(self, state: ExitState, decision: Decision | None = None) -> Int[Tensor, " batch"]:
         """(B,) multiply-adds of the small net."""

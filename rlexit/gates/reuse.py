@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from rlexit.gates import Decision, Gate, Mode
 from rlexit.gates.estimators import decision_of, estimators
+from rlexit.gates.layer import last_linear
 from rlexit.macs import macs_per_row
 from rlexit.state import ExitState, map_tensors, put, take
 
@@ -53,8 +54,7 @@ class ReuseGate(Gate):
         self.estimator = estimators[estimator]()
         # No ReLU: a few hundred steps of Adam on so many nearly constant inputs closed all 32 of them for good.
         self.net = nn.Sequential(nn.Linear(2 * side**2 + outputs + 1, hidden), nn.Tanh(), nn.Linear(hidden, 1))
-        last: Any = self.net[-1]
-        nn.init.constant_(last.bias, bias)
+        nn.init.constant_(last_linear(self.net).bias, bias)
 
     def fresh(self, rows: int, device: torch.device | None = None) -> Memory:
         """The memory of so many new games."""
@@ -86,10 +86,17 @@ class ReuseGate(Gate):
         asked = torch.nonzero(state.memory["left"] > 0).flatten()
         if len(asked):
             few, stored = state.select(asked), take(given, asked) if given is not None else None
-            logits = self.logits(self.view(few.features), few.memory)
-            part = decision_of(logits, mode, self.estimator, stored, generator, self.training)
+            part = decision_of(self.level(few), mode, self.estimator, stored, generator, self.training)
             decision = put(decision, asked, part)
         return decision, state.carry
+
+    def offsets(self) -> list[nn.Parameter]:
+        """Of the last layer."""
+        return [last_linear(self.net).bias]
+
+    def level(self, state: ExitState) -> Float[Tensor, " batch"]:
+        """(B,) the logit of computing."""
+        return self.logits(self.view(state.features), state.memory)
 
     def macs(self, state: ExitState, decision: Decision | None = None) -> Int[Tensor, " batch"]:
         """(B,) multiply-adds of the small net; nothing for a row that may not repeat its answer."""

@@ -19,20 +19,22 @@ from agents.backbones.nature import load_sb3, nature_network
 from agents.config import NetworkConfig
 from agents.critics import Critics, advantages
 from agents.domain import domain, episode_seed
-from agents.paths import REUSE, Asked, Batch, cloned, evaluate
+from agents.paths import REUSE, Asked, Batch, cloned, evaluate, stored
 from agents.refine import HEALTHY, STATE, Refiner, losses
-from agents.settling import shift
+from agents.settling import settle, shift
 from rlexit import checkpoint, report, verbs
 from rlexit.calibrate import refined_policy
-from rlexit.config import METHODS, Method
+from rlexit.config import METHODS, GateConfig, Method
 from rlexit.domain import Refining, Watch
+from rlexit.exit_policy import ExitPolicy
 from rlexit.interrupts import StopFlag, Stopped
 from rlexit.refine_config import RefineConfig
 from rlexit.rows import read_rows
 from rlexit.runlog import read_scalars
+from rlexit.runtime import run
 from rlexit.session import Session
 from tests.agents.small_run import CONFIG, ENV, save_teacher
-from tests.rlexit.toys import watched
+from tests.rlexit.toys import MAP, residual, watched
 
 REFINE = RefineConfig(
     steps=64,
@@ -358,6 +360,28 @@ def test_greedy_decisions_are_settled_at_the_rates_of_the_drawn_ones(teacher, tm
     facts = made._settle(games)
     env.close()
     assert abs(facts["gate/greedy_frac/reuse"] - drawn) < abs(greedy - drawn)
+
+
+@pytest.mark.parametrize("kind", ["lstm", "ff2"])
+def test_every_gate_before_a_unit_is_settled_at_its_own_rate(kind):
+    torch.manual_seed(2)
+    network = residual("none", GateConfig(kind, bias=0.0)).eval()
+    inputs = torch.randn(300, *MAP, generator=torch.Generator().manual_seed(3))
+    policy, generator = ExitPolicy.full(network.exits), torch.Generator().manual_seed(4)
+
+    def play(mode):
+        result = run(network, policy, inputs, mode=mode, generator=generator)
+        return stored(network, inputs, None, result, result.answers.argmax(dim=1))
+
+    for gate, by in zip(network.gates.values(), (-1.0, 2.0, 0.5), strict=True):
+        gate.shift(by)
+    drawn = play("sample")
+    before = play("greedy").open_shares()
+    told = settle(network, drawn, lambda: (play("greedy"), 0.5), 0.0)
+    shares = drawn.open_shares()
+    assert any(abs(before[name] - share) > 0.1 for name, share in shares.items())
+    for name, share in shares.items():
+        assert told[f"gate/greedy_frac/{name}"] == pytest.approx(share, abs=0.05)
 
 
 @pytest.mark.parametrize(("target", "least"), [(0.3, 0.2), (0.6, 0.05)])

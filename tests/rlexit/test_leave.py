@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,6 +53,19 @@ def test_rows_leave_where_the_gate_lets_them_go_with_more_than_half():
         wants = gate.module(features).flatten() > 0
         assert torch.equal((result.exits == exit) & (result.exits >= exit), wants & (result.exits >= exit))
     assert len(set(result.exits.tolist())) == EXITS
+
+
+def test_a_shift_moves_who_leaves_and_level_tells_it():
+    network = plain()
+    inputs = TOYS["skips"].inputs(7)
+    first = network.exit_names[0]
+    gate, state = network.leave_gates[first], replace(network.begin(inputs), features=network.taps(inputs)[0])
+    before = gate.level(state)
+    gate.shift(100.0)
+    torch.testing.assert_close(gate.level(state), before + 100.0)
+    assert (run(network, LEARNED, inputs).exits == 0).all()
+    gate.shift(-200.0)
+    assert (run(network, LEARNED, inputs).exits > 0).all()
 
 
 def test_who_goes_on_pays_for_the_gate_and_for_no_head():

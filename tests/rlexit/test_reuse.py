@@ -46,6 +46,18 @@ def test_nothing_is_repeated_at_the_start_of_a_game():
     assert (second.exits == EXITS).all()
 
 
+def test_a_shift_moves_who_computes_and_level_tells_it():
+    network = repeating()
+    memory = run(network, FIRST, frames(7)).memory
+    state = network.begin(frames(7, 1), memory)
+    before = network.reuse.level(state)
+    network.reuse.shift(100.0)
+    torch.testing.assert_close(network.reuse.level(state), before + 100.0)
+    assert (run(network, FIRST, frames(7, 1), memory=memory).reuse.action == 1).all()
+    network.reuse.shift(-200.0)
+    assert (run(network, FIRST, frames(7, 1), memory=memory).reuse.action == 0).all()
+
+
 def test_a_repeated_answer_is_the_last_one_and_costs_the_gate_alone():
     network = repeating(bias=-50.0)
     first, second = steps(network, 2)
