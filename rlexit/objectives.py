@@ -26,6 +26,27 @@ def kl_divergence(
     return difference.sum(dim=-1)
 
 
+def softened_divergence(
+    teacher_log_probabilities: Float[Tensor, "batch outputs"],
+    student_log_probabilities: Float[Tensor, "batch exits outputs"],
+    temperature: float,
+) -> Float[Tensor, "batch exits"]:
+    """T^2 KL(teacher || exit), both softened by a temperature T, in nats: what is unlikely to both teaches too.
+
+    Args:
+        teacher_log_probabilities: (B, A), no gradient flows into it; logits do as well.
+        student_log_probabilities: (B, K, A); logits do as well.
+        temperature: T; its square keeps the gradients as large as at 1.
+    Returns:
+        (B, K).
+    Source: Hinton et al. 2015, arXiv 1503.02531, section 2.1.
+    """
+    softened = [
+        (one / temperature).log_softmax(dim=-1) for one in (teacher_log_probabilities, student_log_probabilities)
+    ]
+    return temperature**2 * kl_divergence(*softened)
+
+
 def cross_entropy(
     labels: Int[Tensor, " batch"], student_log_probabilities: Float[Tensor, "batch exits outputs"]
 ) -> Float[Tensor, "batch exits"]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from rlexit.domain import Batches, Watch
 from rlexit.gatelearning import GateLearner, Plan
 from rlexit.network import StagedNetwork
-from rlexit.objectives import cross_entropy, kl_divergence
+from rlexit.objectives import cross_entropy, softened_divergence
 from rlexit.policygradients import (
     blockdrop_reward,
     clipped_surrogate,
@@ -29,9 +29,12 @@ from rlexit.resource import dual_step, settled_shift
 from rlexit.state import map_tensors
 from rlexit.walks import Walk, walk
 
-# Training samples, varied as in training, on which greedy decisions are brought to the target at the end, and bisections.
+# Held-out samples on which greedy decisions are brought to the target at the end, as many at once, and bisections.
 SETTLED_ON = 2048
+CHUNK = 256
 SETTLING = 13
+# Of the anchor, as usual where classifiers are distilled.
+TEMPERATURE = 4.0
 
 
 class PathRefiner(GateLearner):
@@ -50,6 +53,8 @@ class PathRefiner(GateLearner):
         algo: in place of the config's.
         full: multiply-adds of the head-free network, every gate open.
         recalibrate: samples on which batch statistics are taken anew at the end.
+        settled_on: (N, ...) inputs as they are met in use, not varied as in training, on which `ppo` with a target brings
+            greedy decisions there at the end; None where there is no target.
         folder: for checkpoints and curves.
         seed: of drawn paths.
         watch: stop and progress.
@@ -66,6 +71,7 @@ class PathRefiner(GateLearner):
         algo: str,
         full: int,
         recalibrate: int,
+        settled_on: Tensor | None,
         folder: Path,
         seed: int,
         watch: Watch,
@@ -86,7 +92,9 @@ class PathRefiner(GateLearner):
         if algo == "ppo" and config.target_macs and not all(gate.shifts for gate in deciding):
             advice = "Set it to 0, a fixed price, or use gates of another kind."
             raise ValueError(f"`refine.target_macs` must have gates with a logit of their own. {advice}")
-        self.deciding = deciding
+        if algo == "ppo" and config.target_macs and settled_on is None:
+            raise ValueError("`settled_on` must be given with `refine.target_macs`, got None. Give held-out inputs.")
+        self.deciding, self.settled_on = deciding, settled_on
         super().__init__(network, batches, plan, optimizers, folder, seed, watch)
         self.config, self.original, self.algo = config, original, algo
         self.price = config.price
@@ -102,10 +110,10 @@ class PathRefiner(GateLearner):
     @torch.no_grad()
     def settle(self) -> dict[str, float]:
         """Shifts all gates alike until greedy paths cost the target, to which the price held drawn ones."""
-        if self.algo != "ppo" or not self.config.target_macs:
+        if self.algo != "ppo" or not self.config.target_macs or self.settled_on is None:
             return {}
         self.network.eval()
-        many, at = self._inputs(SETTLED_ON), 0.0
+        many, at = self.settled_on.split(CHUNK), 0.0
 
         def cost(shift: float) -> float:
             nonlocal at
@@ -170,7 +178,9 @@ class PathRefiner(GateLearner):
                 total = total + cross_entropy(known, path.answers[:, None]).mean()
                 if wanted is not None:
                     every = torch.cat([wanted] * paths)
-                    total = total + config.anchor * kl_divergence(every, path.answers[:, None]).mean()
+                    total = (
+                        total + config.anchor * softened_divergence(every, path.answers[:, None], TEMPERATURE).mean()
+                    )
             self._step(total)
             loss = float(total.detach())
         told = {"loss": loss, "refine/utility": float(utility.mean())}
@@ -202,7 +212,7 @@ class PathRefiner(GateLearner):
         if config.trunk == "trained":
             loss = loss + cross_entropy(labels, drawn.answers[:, None]).mean()
         else:
-            loss = loss - config.entropy * drawn.entropies.mean()
+            loss = loss - config.entropy * drawn.entropies.sum(dim=1).mean()
         self._step(loss)
         return drawn, {"loss": float(loss.detach()), "refine/utility": float(rewards[0].mean())}
 

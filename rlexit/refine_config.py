@@ -42,10 +42,11 @@ class RefineConfig:
         clip: of the probability ratios, each gate's and the action's.
         gamma: discount per env step; decisions within a step are not discounted.
         gae_lambda: of the advantages.
-        entropy: weight of the actions' entropy; for classifiers, of the gates'.
+        entropy: weight of the actions' entropy; for classifiers, of the gates': their mean (`ppo`), or their sum
+            (`blockdrop` with a frozen trunk).
         gate_entropy: games only: weight of the gates' entropies; they are to become sure.
         value: weight of the critics' losses.
-        anchor: weight of KL(full network || gated) beside the policy losses.
+        anchor: weight of KL(full network || gated) beside the policy losses; for classifiers softened by T = 4, times T^2.
         max_grad_norm: of one update.
         max_reuse: env steps in a row that may repeat an answer.
         collapse_after: updates in a row with a gate all shut or all open before it is told as a collapse.

@@ -12,9 +12,10 @@ from rlexit.config import Method
 from rlexit.costs import cost_table
 from rlexit.domain import Batches, Watch
 from rlexit.energy import energy_table
+from rlexit.exit_policy import ExitPolicy
 from rlexit.gating import GateTrainer
 from rlexit.network import StagedNetwork
-from rlexit.refine import PathRefiner
+from rlexit.refine import SETTLED_ON, PathRefiner
 from vision.config import VisionConfig
 from vision.network import Gating
 
@@ -38,6 +39,10 @@ class Classifiers(Protocol):
 
     def batches(self, seed: int) -> Batches:
         """Labelled training images."""
+        ...
+
+    def rows(self, network: StagedNetwork, policy: ExitPolicy, count: int, watch: Watch) -> Tensor:
+        """Held-out images as they are."""
         ...
 
 
@@ -69,8 +74,11 @@ def learn_gates(
     config, full = domain.config.gating, cost_table(network.eval(), domain.example()).full
     batches = domain.batches(seed)
     if method.algo:
-        curriculum = replace(domain.config.refine, trunk="frozen", steps=config.steps, penalty=1.0, target_macs=0.0)
-        return PathRefiner(network, None, batches, curriculum, method.algo, full, 0, folder, seed, watch).run()
+        # Penalty and weight of the entropies are those of blockdrop's cl_training.py; neither is for the stage after it.
+        curriculum = replace(
+            domain.config.refine, trunk="frozen", steps=config.steps, penalty=1.0, entropy=0.1, target_macs=0.0
+        )
+        return PathRefiner(network, None, batches, curriculum, method.algo, full, 0, None, folder, seed, watch).run()
     if not method.priced:
         config = replace(config, cost="linear", price=0.0)
     original = domain.network(teacher, Method()) if config.hint or config.distillation else None
@@ -82,9 +90,12 @@ def learn_gates(
 def refine(
     domain: Classifiers, network: StagedNetwork, teacher: Path, method: Method, folder: Path, seed: int, watch: Watch
 ) -> dict[str, float]:
-    """Refines gates, and the trunk along them if the config says so, by reinforcement learning; as `learn_gates`."""
+    """Refines gates, and the trunk along them if the config says so, by reinforcement learning; as `learn_gates`.
+
+    Greedy decisions are settled on images of the calibration split: training shows varied ones, and use does not.
+    """
     config, full = domain.config.refine, cost_table(network.eval(), domain.example()).full
     original = domain.network(teacher, Method()) if config.anchor else None
     algo, recalibrate = method.algo or config.algo, domain.config.gating.recalibrate
-    batches = domain.batches(seed)
-    return PathRefiner(network, original, batches, config, algo, full, recalibrate, folder, seed, watch).run()
+    batches, plain = domain.batches(seed), domain.rows(network, ExitPolicy.full(network.exits), SETTLED_ON, watch)
+    return PathRefiner(network, original, batches, config, algo, full, recalibrate, plain, folder, seed, watch).run()

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rlexit.objectives import agreement, cross_entropy, hint_distance, kl_divergence
+from rlexit.objectives import agreement, cross_entropy, hint_distance, kl_divergence, softened_divergence
 
 TEACHER = torch.tensor([[1.0, 0.0, -1.0], [0.2, 0.1, 0.0]]).log_softmax(dim=-1)
 STUDENT = torch.tensor([[0.5, 0.5, 0.0], [0.0, 1.0, 0.0]]).log_softmax(dim=-1)
@@ -30,6 +30,17 @@ def test_kl_is_one_number_per_row_and_exit():
     assert losses.shape == (2, 3)
     assert losses[:, 1].abs().max() < 1e-7
     torch.testing.assert_close(losses[:, 0], kl_divergence(TEACHER, STUDENT[:, None])[:, 0])
+
+
+def test_softened_divergence_is_hinton_s_and_does_not_care_for_the_scale_of_logits():
+    softened = [(one / 4).log_softmax(dim=-1) for one in (TEACHER, STUDENT)]
+    wanted = 16 * kl_divergence(softened[0], softened[1][:, None])
+    torch.testing.assert_close(softened_divergence(TEACHER, STUDENT[:, None], 4.0), wanted)
+    torch.testing.assert_close(softened_divergence(TEACHER + 3, STUDENT[:, None] - 2, 4.0), wanted)
+    torch.testing.assert_close(
+        softened_divergence(TEACHER, STUDENT[:, None], 1.0), kl_divergence(TEACHER, STUDENT[:, None])
+    )
+    assert not torch.allclose(wanted, kl_divergence(TEACHER, STUDENT[:, None]), rtol=0.01)
 
 
 def test_kl_counts_an_impossible_output_of_the_teacher_as_0():

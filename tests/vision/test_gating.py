@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
+import vision.gating
 from rlexit import checkpoint, dissection, verbs
 from rlexit.calibrate import score_rows
 from rlexit.config import METHODS, GateConfig, Method
@@ -20,6 +22,7 @@ from rlexit.exit_policy import ExitPolicy
 from rlexit.gating_config import GatingConfig
 from rlexit.interrupts import StopFlag, Stopped
 from rlexit.objectives import hint_distance
+from rlexit.refine import PathRefiner
 from rlexit.rows import read_rows
 from rlexit.runlog import read_scalars
 from rlexit.runtime import run
@@ -244,6 +247,41 @@ def test_refined_paths_end_greedily_at_their_target(layer_gates, tmp_path):
     facts = made.refine(network, layer_gates / "teacher", METHODS["gates_ppo"], tmp_path, 0, Watch())
     assert facts["refine/cost_settled"] <= TINY.refine.target_macs
     assert [value for _, tag, value in read_scalars(tmp_path) if tag == "refine/cost_settled"]
+
+
+def captured(monkeypatch) -> dict[str, Any]:
+    """What a refiner is made of, by name; it then does nothing."""
+    found: dict[str, Any] = {}
+    names = list(inspect.signature(PathRefiner).parameters)
+
+    class Captured:
+        def __init__(self, *given: Any) -> None:
+            found.update(zip(names, given, strict=True))
+
+        def run(self) -> dict[str, float]:
+            return {}
+
+    monkeypatch.setattr(vision.gating, "PathRefiner", Captured)
+    return found
+
+
+def test_refined_paths_are_settled_on_held_out_images_as_they_are(layer_gates, tmp_path, monkeypatch):
+    found = captured(monkeypatch)
+    made = VisionDomain(TINY)
+    network = made.network(layer_gates / "teacher", METHODS["gates_ppo"])
+    made.refine(network, layer_gates / "teacher", METHODS["gates_ppo"], tmp_path, 0, Watch())
+    assert torch.equal(found["settled_on"], made.data.evaluated("calibration").pixels)
+
+
+def test_blockdrop_s_curriculum_has_the_penalty_and_the_entropy_of_the_original(layer_gates, tmp_path, monkeypatch):
+    found = captured(monkeypatch)
+    made = VisionDomain(TINY)
+    network = made.network(layer_gates / "teacher", METHODS["blockdrop"])
+    made.learn_gates(network, layer_gates / "teacher", METHODS["blockdrop"], tmp_path, 0, Watch())
+    config = found["config"]
+    assert (config.penalty, config.entropy, config.trunk, config.target_macs) == (1.0, 0.1, "frozen", 0.0)
+    made.refine(network, layer_gates / "teacher", METHODS["blockdrop"], tmp_path, 0, Watch())
+    assert found["config"] == TINY.refine
 
 
 def test_gates_learn_on_the_cpu_only_and_say_so(teacher, tmp_path):
