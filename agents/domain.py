@@ -284,7 +284,7 @@ class AgentsDomain:
         finally:
             game.close()
 
-    def predictor(self, network: StagedNetwork, policy: ExitPolicy) -> Callable[[np.ndarray], object]:
+    def predictor(self, network: StagedNetwork, policy: ExitPolicy) -> Callable[..., tuple[Any, Any]]:
         """`predict` of stable-baselines3 on the actor."""
         actor = ExitingActor(network, policy)
         return partial(actor.predict, deterministic=True)

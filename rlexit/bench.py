@@ -24,6 +24,7 @@ class Contender:
         rows: (N, ...) observations that are timed, in this order; of batches (N, batch, ...).
         batch: rows per call.
         threads: of the runtime.
+        moving: whether every call is another step of a world, whatever the row: repeats then time no row twice.
     """
 
     method: str
@@ -33,6 +34,7 @@ class Contender:
     rows: np.ndarray
     batch: int = 1
     threads: int = 1
+    moving: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class Timing:
     Args:
         p50: median over repeats of each repeat's median.
         p95: median over repeats of each repeat's 95th percentile.
-        mean: over rows, of each row's median over repeats: what a mix of exits costs, without the machine's hiccups.
+        mean: over rows, of each row's median over repeats: what a mix of exits costs, without the machine's hiccups. Of
+            steps of a world, median over repeats of each repeat's mean, because rare dear steps are no hiccups.
         low: smallest median of a repeat.
         high: largest.
     """
@@ -101,7 +104,7 @@ def measure(contenders: Sequence[Contender], repeats: int) -> list[Timing]:
     finally:
         if collecting:
             gc.enable()
-    return [_timing(np.stack(times) * 1e6) for times in taken]
+    return [_timing(np.stack(times) * 1e6, one.moving) for one, times in zip(contenders, taken, strict=True)]
 
 
 def _time(contender: Contender) -> np.ndarray:
@@ -116,12 +119,14 @@ def _time(contender: Contender) -> np.ndarray:
     return seconds
 
 
-def _timing(times: np.ndarray) -> Timing:
+def _timing(times: np.ndarray, moving: bool) -> Timing:
+    """Of (repeats, N) microseconds."""
     medians = np.median(times, axis=1)
+    mean = np.median(times.mean(axis=1)) if moving else np.median(times, axis=0).mean()
     return Timing(
         p50=float(np.median(medians)),
         p95=float(np.median(np.percentile(times, 95, axis=1))),
-        mean=float(np.median(times, axis=0).mean()),
+        mean=float(mean),
         low=float(medians.min()),
         high=float(medians.max()),
     )

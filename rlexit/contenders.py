@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib import util
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rlexit.backends import EXTRAS, one_line
 from rlexit.bench import Contender
@@ -145,8 +146,12 @@ def looping(
     rows: np.ndarray,
     worlds: ExitStack,
     device: str = "cpu",
+    steps: Tensor | None = None,
 ) -> Lineup:
     """Deciding and acting in turn, each contender in a world of its own; see `single`.
+
+    What is remembered from step to step is, so that answers are repeated as in play. A game that ends is followed by the
+    next one, whose first steps still know the last answer.
 
     Args:
         runtime: of `RUNTIMES`.
@@ -155,18 +160,19 @@ def looping(
         rows: (N, ...), whose number is that of the steps.
         worlds: closes what is opened.
         device: see `single`.
+        steps: (T, N, ...) steps in a row, on which graphs that may repeat answers are checked; None where none may.
     Raises:
         Absent: the runtime cannot take part.
     """
     if not isinstance(domain, Looping):
         return Lineup([], {})
     shown = [one for one in entries if one.mix or one.label == FULL]
-    deciders, missing = _deciders(runtime, shown, domain, rows, device=device)
+    deciders, missing = _deciders(runtime, shown, domain, rows, device=device, loops=True, steps=steps)
     found = []
     for one in shown:
         if one.key in deciders:
             turn = _turn(deciders[one.key], worlds.enter_context(domain.world(0)))
-            found.append(Contender(one.method, one.label, _named(runtime, device) + LOOP, turn, rows))
+            found.append(Contender(one.method, one.label, _named(runtime, device) + LOOP, turn, rows, moving=True))
     return Lineup(found, missing)
 
 
@@ -194,23 +200,45 @@ def _shown(runtime: str, entries: Sequence[Entry]) -> list[Entry]:
 
 
 def _deciders(
-    runtime: str, entries: Sequence[Entry], domain: Domain, rows: np.ndarray, threads: int = 1, device: str = "cpu"
+    runtime: str,
+    entries: Sequence[Entry],
+    domain: Domain,
+    rows: np.ndarray,
+    threads: int = 1,
+    device: str = "cpu",
+    loops: bool = False,
+    steps: Tensor | None = None,
 ) -> tuple[Mapping[Key, Decide], dict[Key, str]]:
-    """How each entry decides, by method and label, and why others cannot, such as an exit that is not built."""
+    """How each entry decides, by method and label, and why others cannot, such as an exit that is not built.
+
+    Whoever loops remembers from call to call what the network does.
+    """
     if runtime in ON_DEVICES:
-        return _torch(entries, rows, runtime == "compiled", device), {}
+        return _torch(entries, rows, runtime == "compiled", device, loops), {}
     if runtime == "predict":
         if not isinstance(domain, Publisher):
             raise Absent(f"{domain.task} is nothing that SB3 asks")
-        return {one.key: domain.predictor(one.network, one.policy) for one in entries}, {}
+        predictors = {one.key: domain.predictor(one.network, one.policy) for one in entries}
+        return {key: _remembering(predict) if loops else predict for key, predict in predictors.items()}, {}
     missing = [name for name in (RUNTIMES[runtime], "onnx") if util.find_spec(name) is None]
     if missing:
         extras = ",".join(dict.fromkeys((EXTRAS[RUNTIMES[runtime]], "export")))
         raise Absent(f"not installed: pip install 'rlexit[{extras}]'")
-    return _served(entries, rows, RUNTIMES[runtime], threads)
+    return _served(entries, rows, RUNTIMES[runtime], threads, steps)
 
 
-def _torch(entries: Sequence[Entry], rows: np.ndarray, compiles: bool, device: str) -> dict[Key, Decide]:
+def _remembering(predict: Callable[..., tuple[Any, Any]]) -> Decide:
+    memory: Any = None
+
+    def decide(observation: np.ndarray) -> object:
+        nonlocal memory
+        action, memory = predict(observation, memory)
+        return action
+
+    return decide
+
+
+def _torch(entries: Sequence[Entry], rows: np.ndarray, compiles: bool, device: str, loops: bool) -> dict[Key, Decide]:
     found: dict[Key, Decide] = {}
     ready: dict[int, StagedNetwork] = {}
     for one in entries:
@@ -218,7 +246,7 @@ def _torch(entries: Sequence[Entry], rows: np.ndarray, compiles: bool, device: s
             there = one.network if device == "cpu" else copy.deepcopy(one.network).to(device)
             ready[id(one.network)] = _compiled(there) if compiles else there
         network = ready[id(one.network)]
-        found[one.key] = _ask(network, one.policy, rows.ndim, device)
+        found[one.key] = _ask(network, one.policy, rows.ndim, device, loops)
         if not compiles:
             continue
         try:
@@ -236,31 +264,35 @@ def _compiled(network: StagedNetwork) -> StagedNetwork:
     return copied
 
 
-def _ask(network: StagedNetwork, policy: ExitPolicy, dims: int, device: str) -> Decide:
+def _ask(network: StagedNetwork, policy: ExitPolicy, dims: int, device: str, loops: bool) -> Decide:
     """Decides for rows of `dims` dimensions, or for one row, which has one less; waits for a device to be done."""
+    memory: Any = None
 
     def decide(rows: np.ndarray) -> object:
+        nonlocal memory
         single = rows.ndim < dims
         given = torch.from_numpy(rows).to(device)
-        chosen = run(network, policy, given[None] if single else given).answers.argmax(dim=1).cpu()
+        result = run(network, policy, given[None] if single else given, memory=memory)
+        memory = result.memory if loops else None
+        chosen = result.answers.argmax(dim=1).cpu()
         return chosen.item() if single else chosen.numpy()
 
     return decide
 
 
 def _served(
-    entries: Sequence[Entry], rows: np.ndarray, runtime: str, threads: int
+    entries: Sequence[Entry], rows: np.ndarray, runtime: str, threads: int, steps: Tensor | None
 ) -> tuple[dict[Key, Decide], dict[Key, str]]:
-    checked = torch.from_numpy(rows)
     servers: dict[int, tuple[Server, str]] = {}
     found: dict[Key, Decide] = {}
     missing: dict[Key, str] = {}
     # An export has the stages of its exit policy, so that of the mix comes first.
     for one in sorted(entries, key=lambda one: not one.mix):
-        if one.network.reuse is not None:
+        if one.network.reuse is not None and steps is None:
             missing[one.key] = f"{one.method} may repeat its last answer: a row by itself says nothing about its steps"
             continue
         if id(one.network) not in servers:
+            checked = torch.from_numpy(rows) if one.network.reuse is None or steps is None else steps
             try:
                 servers[id(one.network)] = server_of(one.network, one.policy, checked, threads, runtime), one.label
             except ExportError as error:  # what no chain of graphs can do may still be timed in torch

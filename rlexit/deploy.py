@@ -199,8 +199,9 @@ def bench(
     network, policy = subject(session, method, label)
     hold(session.root)
     held = held_out(session, network, policy, max((HELD_OUT, *batches)))
-    if network.reuse is not None:  # a row is timed by itself, as one that computes
-        held = held.flatten(0, 1)
+    steps = held if network.reuse is not None else None
+    if steps is not None:  # outside the loop a row is timed by itself, as one that computes
+        held = steps.flatten(0, 1)
     left = np.concatenate([run(network, policy, part).exits.numpy() for part in held.split(256)])
     shares, source = _recorded_mix(session, method, policy, network.exits)
     if not shares:
@@ -237,7 +238,7 @@ def bench(
         try:
             domain, place = session.domain, session.device
             alone = gather(lambda name: single(name, entries, domain, rows, place))
-            alone += gather(lambda name: looping(name, entries, domain, rows, worlds, place))
+            alone += gather(lambda name: looping(name, entries, domain, rows, worlds, place, steps))
             contenders, timings = [*alone], measure(alone, repeats)
             torch.set_num_threads(threads)
             for stack, size in zip(stacks, batches, strict=True):

@@ -202,8 +202,12 @@ class Publisher(Protocol):
         """Writes the teacher in `folder` as a file of the other library."""
         ...
 
-    def predictor(self, network: StagedNetwork, policy: ExitPolicy) -> Callable[[np.ndarray], object]:
-        """From an observation to an action, by the other library's own way; for comparing speed."""
+    def predictor(self, network: StagedNetwork, policy: ExitPolicy) -> Callable[..., tuple[Any, Any]]:
+        """The other library's own way to decide, for comparing speed.
+
+        Returns:
+            From an observation, and what the step before remembered or None, to an action and what to remember.
+        """
         ...
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from rich.console import Console
 from agents.domain import domain
 from rlexit import checkpoint, deploy, serve
 from rlexit.config import METHODS
+from rlexit.contenders import Absent, Entry, looping, single
 from rlexit.exit_policy import ExitPolicy
 from rlexit.heldout import steps
 from rlexit.interrupts import StopFlag
@@ -69,6 +71,36 @@ def test_a_refined_policy_is_exported_on_real_steps_and_plays_as_it_runs(session
     assert len(exits) > 1
     server.reset()
     assert server.act(observation).exit < network.exits
+
+
+@pytest.mark.parametrize("runtime", ["eager", "predict", "onnxruntime"])
+def test_the_timed_loop_repeats_answers_as_the_policy_does(session, runtime):
+    network = load_network(session, "refined")[""]
+    held = steps(session, network, LEARNED, 64)
+
+    def played(remembers):
+        actions, exits, memory = [], [], None
+        with session.domain.world(0) as world:
+            observation = world(None)
+            for _ in range(40):
+                result = run(network, LEARNED, torch.from_numpy(observation[None]), memory=memory)
+                memory = result.memory if remembers else None
+                actions.append(int(result.answers.argmax()))
+                exits.append(int(result.exits))
+                observation = world(actions[-1])
+        return actions, exits
+
+    (wanted, exits), (always, _) = played(True), played(False)
+    assert network.exits in exits
+    assert wanted != always
+    entry, rows = Entry("refined", "refined", network, LEARNED, mix=True), held.flatten(0, 1).numpy()
+    with ExitStack() as worlds:
+        [loop] = looping(runtime, [entry], session.domain, rows, worlds, steps=held).contenders
+        assert [int(np.asarray(loop.call(rows[0])).item()) for _ in wanted] == wanted
+    assert loop.moving
+    if runtime == "onnxruntime":
+        with pytest.raises(Absent, match="refined may repeat its last answer: a row by itself says nothing"):
+            single(runtime, [entry], session.domain, rows)
 
 
 def test_steps_follow_each_other_in_games_of_their_own(session):

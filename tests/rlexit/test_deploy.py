@@ -286,6 +286,12 @@ def test_a_mix_has_the_shares_asked_for():
     assert set(exits[bench.mixed(np.zeros(4, dtype=int), (0.5, 0.3, 0.2), 10)]) == {0}
 
 
+def test_rare_dear_steps_of_a_world_count_and_a_hiccup_of_a_row_does_not():
+    times = np.array([[1.0, 1.0, 7.0], [7.0, 1.0, 1.0], [1.0, 7.0, 1.0]])
+    assert bench._timing(times, moving=False).mean == 1
+    assert bench._timing(times, moving=True).mean == 3
+
+
 def test_contenders_take_turns_and_a_hiccup_moves_no_median():
     called: list[str] = []
     rows = np.zeros((3, 2))
