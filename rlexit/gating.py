@@ -19,10 +19,11 @@ from rlexit.gatelearning import STATE, GateLearner, Plan, cosine
 from rlexit.gates import Decision, opened
 from rlexit.gates.estimators import estimators
 from rlexit.gating_config import GatingConfig
-from rlexit.network import StagedNetwork, Trace
+from rlexit.network import StagedNetwork
 from rlexit.objectives import cross_entropy, hint_distance, kl_divergence
 from rlexit.ranking import rank, start_ranked
 from rlexit.resource import ResourceLoss
+from rlexit.state import Trace
 from rlexit.warmup import warm_up
 
 
@@ -202,8 +203,8 @@ class GateTrainer(GateLearner):
             return total
         with torch.no_grad(), torch.autocast(inputs.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             wanted = self.original(inputs)
-        if config.hint and wanted.features is not None and trace.features is not None:
-            total = total + config.hint * hint_distance(wanted.features, trace.features)
+        for theirs, ours in zip(wanted.features, trace.features, strict=True) if config.hint else ():
+            total = total + config.hint * hint_distance(theirs, ours)
         if weight:
             temperature = config.temperature if labels is not None else 1.0
             softened = [(one[:, -1:].float() / temperature).log_softmax(dim=-1) for one in (wanted.logits, learning)]

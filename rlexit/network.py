@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,32 +15,8 @@ from rlexit.gates import Decision, Gate, Mode
 from rlexit.gates.reuse import ReuseGate
 from rlexit.heads import Head
 from rlexit.macs import macs_per_row
-from rlexit.state import ExitState, Forecast, put, take
+from rlexit.state import ExitState, Forecast, Trace, leaves_of, put, take
 from rlexit.units import Unit
-
-
-@dataclass(frozen=True)
-class Trace:
-    """All exits of a batch at once.
-
-    Args:
-        logits: (B, K, A) raw logits of every exit.
-        answers: (B, K, A) log-probabilities after the ensemble.
-        decisions: of every gate, in the order of execution.
-        expected_macs: (B,) multiply-adds that the decisions lead to: units and skip paths, gates, and the heads where
-            rows leave (all heads that are met, without leave gates); has a gradient in the relaxed decisions.
-        leaving: decisions of the leave gates, in the order of the exits that have one.
-        expected_parts: what `expected_macs` is the sum of, by part: `units.<name>`, `gates.<name>`, ...
-        features: that the last exit reads.
-    """
-
-    logits: Float[Tensor, "batch exits outputs"]
-    answers: Float[Tensor, "batch exits outputs"]
-    decisions: tuple[Decision, ...]
-    expected_macs: Float[Tensor, " batch"]
-    leaving: tuple[Decision, ...] = ()
-    expected_parts: Mapping[str, Float[Tensor, " batch"]] = field(default_factory=dict)
-    features: Float[Tensor, "batch ..."] | None = None
 
 
 class StagedNetwork(nn.Module):
@@ -366,11 +342,15 @@ class StagedNetwork(nn.Module):
         state = replace(state, forecast=Forecast({}, everything))
         drawn: Mode = "sample" if generator is not None else "greedy"
         answers: list[Tensor] = []
+        ends: list[Tensor] = []
         while not self.finished(state):
             gated = self.unit_names[state.unit] in self.gates
             given = decisions[len(state.decisions)] if decisions is not None and gated else None
             state, decision = self.decide(state, "replay" if decisions is not None else drawn, given, generator)
+            before = leaves_of(state.features)[0]
             state = self.advance(state, decision, dense=True)
+            if state.unit > 1 and before.shape[2:] != leaves_of(state.features)[0].shape[2:]:
+                ends.append(before)
             if not self.at_exit(state):
                 continue
             if state.exit < self.exits - 1 and self.leave_gates:
@@ -382,7 +362,8 @@ class StagedNetwork(nn.Module):
             answers.append(state.answered)
         every = torch.stack(answers, dim=1)
         parts = state.forecast.parts if state.forecast is not None else {}
-        return Trace(state.logits, every, state.decisions, state.expected_macs, state.leaving, parts, self.tap(state))
+        ends.append(self.tap(state))
+        return Trace(state.logits, every, state.decisions, state.expected_macs, state.leaving, parts, tuple(ends))
 
     def _answer_softly(
         self, state: ExitState, mode: Mode, given: Decision | None, generator: torch.Generator | None

@@ -80,7 +80,7 @@ def hint_distance(wanted: Float[Tensor, "batch ..."], found: Float[Tensor, "batc
         found: (B, ...).
     Returns:
         (B,).
-    Source: Romero et al. 2015 (FitNets), arXiv 1412.6550, equation 3, of the last features, which need no regressor.
+    Source: Romero et al. 2015 (FitNets), arXiv 1412.6550, equation 3, where features are of one shape and need no regressor.
     """
     target, given = wanted.detach().float().flatten(1), found.float().flatten(1)
     return (given - target).square().sum(dim=1) / target.square().sum(dim=1).mean()

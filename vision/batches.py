@@ -11,6 +11,9 @@ from torch import Tensor
 from vision.config import DataConfig
 from vision.decoding import Images, StoredImages
 
+# Names of borders to kornia's.
+PADDINGS = {"black": "constant", "reflect": "reflect"}
+
 
 class Stream:
     """Batches without end: every image once per epoch, in an order drawn per epoch, each varied by chance.
@@ -67,5 +70,6 @@ def _variation(config: DataConfig, side: int) -> Any:
         from kornia import augmentation
     except ImportError as error:
         raise ImportError("`data.crop` and `data.flip` need kornia: pip install 'rlexit[vision]'.") from error
-    steps = [augmentation.RandomCrop((side, side), padding=config.crop)] if config.crop else []
+    how = PADDINGS[config.border]
+    steps = [augmentation.RandomCrop((side, side), padding=config.crop, padding_mode=how)] if config.crop else []
     return torch.nn.Sequential(*steps, *([augmentation.RandomHorizontalFlip(p=0.5)] if config.flip else []))

@@ -14,6 +14,7 @@ from rlexit.refine_config import RefineConfig
 BACKBONES = tuple(sorted(path.stem for path in (Path(__file__).parent / "backbones").glob("[a-z]*.py")))
 KINDS = ("cifar10", "cifar100", "images", "toy")
 RELABELS = ("", "cifar2")
+BORDERS = ("black", "reflect")
 CHANNELS = ("inner", "block_out", "both")
 MAX_SIDE = 1024
 
@@ -33,7 +34,9 @@ class DataConfig:
         half: which half of the test images episodes are from where `holdout` is 0; tables of budgets count both.
         long_tail: images of the most frequent class to images of the rarest, falling exponentially; 1 leaves all.
         relabel: `cifar2` makes CIFAR-10 two classes, animals and transport (with the horse, as in the paper's split).
-        crop: training images are padded by so many pixels of black and cut at random; 0 for not.
+        crop: training images are padded by so many pixels and cut at random; 0 for not.
+        border: what pads them: `black`, or `reflect`, the image mirrored at its edge. Weights that learn for a few passes
+            only should not see black borders on nearly every image, for the images to be classified have none.
         flip: mirror half of the training images.
         memory_gb: what the decoded images of a split may take. Training images that would take more stay as they are stored
             and are decoded batch by batch; of held-out and test images more are refused.
@@ -51,6 +54,7 @@ class DataConfig:
     long_tail: float = 1.0
     relabel: str = ""
     crop: int = 4
+    border: str = "black"
     flip: bool = True
     memory_gb: float = field(default=4.0, metadata=NEUTRAL)
     workers: int = field(default=0, metadata=NEUTRAL)
@@ -68,6 +72,7 @@ class DataConfig:
         advice = "Its ten classes are what cifar2 sorts."
         require(not self.relabel or self.kind == "cifar10", "data.relabel", "go with kind cifar10", self.kind, advice)
         require(0 <= self.crop <= 64, "data.crop", "be in 0..64", self.crop)
+        require(self.border in BORDERS, "data.border", "be black or reflect", self.border)
         require(0 < self.memory_gb <= 1024, "data.memory_gb", "be in (0, 1024]", self.memory_gb)
         require(0 <= self.workers <= 256, "data.workers", "be in 0..256", self.workers)
         require(8 <= self.toy_rows <= 1 << 20, "data.toy_rows", "be in 8..1048576", self.toy_rows)

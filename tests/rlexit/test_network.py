@@ -61,6 +61,20 @@ def test_the_logits_are_those_of_the_modules_themselves():
         torch.testing.assert_close(logits[:, exit], expected)
 
 
+def test_kept_features_are_the_last_of_every_size_of_map():
+    def half(channels: int, stride: int) -> ModuleUnit:
+        return ModuleUnit(nn.Conv2d(channels, 4, 3, stride, padding=1))
+
+    units = {"stem": half(3, 2), "one": half(4, 1), "two": half(4, 2), "three": half(4, 1)}
+    network = StagedNetwork(units, {"three": LinearHead((4, 2, 2), 2, HeadConfig(), False)})
+    inputs = torch.rand((2, 3, 8, 8))
+    trace = network(inputs)
+    first = units["one"](units["stem"](inputs))
+    assert [tuple(kept.shape[1:]) for kept in trace.features] == [(4, 4, 4), (4, 2, 2)]
+    torch.testing.assert_close(trace.features[0], first)
+    torch.testing.assert_close(trace.features[1], units["three"](units["two"](first)))
+
+
 def test_answers_come_from_the_ensemble_of_the_logits():
     network = staged(ensemble=GeometricEnsemble(2, OUTPUTS))
     trace = network(TOYS["cascade"].inputs(4))

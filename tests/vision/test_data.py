@@ -166,6 +166,19 @@ def test_crops_are_black_outside_and_unchanged_inside():
     assert (varied == 0).any(dim=3).any(dim=2).any(dim=1).double().mean() > 0.8
 
 
+def test_a_mirrored_border_holds_nothing_but_the_image():
+    pytest.importorskip("kornia")
+    pixels = torch.randint(1, 256, (16, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    images = Images(pixels, torch.arange(16))
+    config = DataConfig(kind="toy", crop=2, border="reflect", flip=False)
+    varied, names = Stream(images, config, 16, seed=0)[0]
+    padded = torch.nn.functional.pad(pixels[names].to(torch.float32) / 255, (2, 2, 2, 2), mode="reflect")
+    for ours, whole in zip(varied, padded, strict=True):
+        cuts = [whole[:, top : top + 8, left : left + 8] for top in range(5) for left in range(5)]
+        assert any(torch.allclose(ours, cut) for cut in cuts)
+    assert not torch.allclose(varied, padded[:, :, 2:10, 2:10])
+
+
 def test_a_rest_too_small_is_left_out():
     images = Images(torch.zeros((9, 3, 8, 8), dtype=torch.uint8), torch.zeros(9, dtype=torch.int64))
     config = DataConfig(kind="toy", crop=0, flip=False)
