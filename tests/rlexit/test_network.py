@@ -66,7 +66,7 @@ def test_kept_features_are_the_last_of_every_size_of_map():
         return ModuleUnit(nn.Conv2d(channels, 4, 3, stride, padding=1))
 
     units = {"stem": half(3, 2), "one": half(4, 1), "two": half(4, 2), "three": half(4, 1)}
-    network = StagedNetwork(units, {"three": LinearHead((4, 2, 2), 2, HeadConfig(), False)})
+    network = StagedNetwork(units, {"three": LinearHead((4, 2, 2), 2, HeadConfig(), False)}, 2)
     inputs = torch.rand((2, 3, 8, 8))
     trace = network(inputs)
     first = units["one"](units["stem"](inputs))
