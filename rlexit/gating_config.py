@@ -40,8 +40,8 @@ class GatingConfig:
         weight_decay: L2 of the trunk.
         warmup: share of the steps in which the rates rise from nothing; they fall by a cosine.
         exits_from: share of the steps after which added exits learn too (joint loss); before, gates and trunk alone.
-        hint: weight of each relative squared distance of features from the full original's: of the last ones at every size of
-            map, and of what the last exit reads.
+        hint: weight of each relative squared distance of features from the full original's: of the last at every size
+            of map, and of what the last exit reads.
         distillation: weight of T^2 KL(full original || answer) beside the cross-entropy.
         temperature: T.
         batch_norm: `frozen` (the trunk keeps its statistics) or `train`.
