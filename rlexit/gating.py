@@ -127,7 +127,8 @@ class GateTrainer(GateLearner):
         network.train()
         given = None if deciding else self._by_chance(inputs)
         with self._statistics(), torch.autocast(inputs.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-            trace = network(inputs, decisions=given, generator=self.generator if self.stochastic else None)
+            generator = self.generator if self.stochastic else None
+            trace = network(inputs, decisions=given, generator=generator, lean=len(self.facts) % config.peek > 0)
         logits = trace.logits.float()
         task = self._task(inputs, labels, logits, trace)
         relative = self._compute(trace)

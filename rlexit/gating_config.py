@@ -36,6 +36,8 @@ class GatingConfig:
         fresh_learning_rate: of Adam, for gates and added heads.
         input_from: share of the steps after which gates learn what rows differ in; before, only what all rows have in common
             (`Gate.offsets`), on paths that the trunk learns at once.
+        peek: a unit that all rows of a batch skip is computed, so that its gate learns what it would be worth, in one update
+            of so many; 1 for always.
         momentum: of SGD.
         weight_decay: L2 of the trunk.
         warmup: share of the steps in which the rates rise from nothing; they fall by a cosine.
@@ -65,6 +67,7 @@ class GatingConfig:
     learning_rate: float = 0.01
     fresh_learning_rate: float = 0.001
     input_from: float = 0.0
+    peek: int = 1
     momentum: float = 0.9
     weight_decay: float = 1e-4
     warmup: float = 0.05
@@ -79,7 +82,7 @@ class GatingConfig:
     checkpoint_buffers: int = 25
 
     def __post_init__(self) -> None:
-        for name in ("steps", "collapse_after", "checkpoint_buffers"):
+        for name in ("steps", "peek", "collapse_after", "checkpoint_buffers"):
             require(getattr(self, name) >= 1, f"gating.{name}", "be at least 1", getattr(self, name))
         require(self.cost in COSTS, "gating.cost", f"be one of {', '.join(COSTS)}", self.cost)
         require(self.resource in ("macs", "energy"), "gating.resource", "be macs or energy", self.resource)

@@ -222,15 +222,16 @@ class StagedNetwork(nn.Module):
         Args:
             state: before the unit.
             decision: of the gate before it.
-            dense: mix body and skip path with gradient, for training; otherwise skipped rows are not computed.
+            dense: mix body and skip path with gradient, for training; otherwise skipped rows are not computed, and what
+                they cost has no gradient.
         """
         name = self.unit_names[state.unit]
         unit: Unit = self.units[name]  # type: ignore[assignment]
         if dense and decision is not None:
             features, macs = unit.relax(state.features, decision), unit.macs(state.features, decision)
+            expected = unit.expected_macs(state.features, decision) if state.forecast is not None else None
         else:
-            features, macs = unit.execute(state.features, decision)
-        expected = unit.expected_macs(state.features, decision) if state.forecast is not None else None
+            (features, macs), expected = unit.execute(state.features, decision), None
         return replace(state.charge(f"units.{name}", macs, expected), features=features, unit=state.unit + 1)
 
     def at_exit(self, state: ExitState) -> bool:
@@ -326,6 +327,7 @@ class StagedNetwork(nn.Module):
         generator: torch.Generator | None = None,
         memory: Any = None,
         leaving: Sequence[Decision] | None = None,
+        lean: bool = False,
     ) -> Trace:
         """Every exit of every row, dense and with gradient.
 
@@ -336,6 +338,7 @@ class StagedNetwork(nn.Module):
             generator: samples the gates' decisions where given; otherwise they are greedy.
             memory: tree of (B, ...) from the step before.
             leaving: stored decisions of the leave gates to replay, one per leave gate.
+            lean: units that every row skips are not computed, so that their gates get no gradient.
         """
         state = self.begin(inputs, memory, path)
         everything = torch.ones(len(state), device=state.device)
@@ -348,7 +351,8 @@ class StagedNetwork(nn.Module):
             given = decisions[len(state.decisions)] if decisions is not None and gated else None
             state, decision = self.decide(state, "replay" if decisions is not None else drawn, given, generator)
             before = leaves_of(state.features)[0]
-            state = self.advance(state, decision, dense=True)
+            spared = lean and decision is not None and not bool((decision.action > 0).any())
+            state = self.advance(state, decision, dense=not spared)
             if state.unit > 1 and before.shape[2:] != leaves_of(state.features)[0].shape[2:]:
                 ends.append(before)
             if not self.at_exit(state):

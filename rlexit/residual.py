@@ -94,8 +94,7 @@ class ResidualUnit(Unit):
         """Dense training: equations 1 to 3, the shortcut computed once."""
         shortcut = self.skip(features)
         ran = self._masked(features, shortcut, decision.channels)
-        weight = decision.relaxed.reshape(-1, 1, 1, 1).to(ran.dtype)
-        return weight * ran + (1 - weight) * shortcut
+        return torch.lerp(shortcut.to(ran.dtype), ran, decision.relaxed.reshape(-1, 1, 1, 1).to(ran.dtype))
 
     def execute(self, features: Any, decision: Decision | None) -> tuple[Any, Int[Tensor, " batch"]]:
         """Really runs the unit: rows that skip it and channels that are not kept are not computed."""
