@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +60,34 @@ def test_the_logits_are_those_of_the_modules_themselves():
         head = network.heads[name]
         expected = head(features, logits[:, exit - 1]) if head.reads_previous else head(features)
         torch.testing.assert_close(logits[:, exit], expected)
+
+
+def test_a_lean_pass_computes_no_unit_that_every_row_skips_and_gives_its_gate_no_gradient():
+    network = skips()
+    for name, bias in (("block1", 2.0), ("block2", -2.0), ("block3", 2.0)):
+        gate: Any = network.gates[name]
+        nn.init.zeros_(gate.net.weight)
+        nn.init.zeros_(gate.net.bias)
+        gate.bias = bias
+    inputs = TOYS["skips"].inputs(5)
+    grown = {}
+    for lean in (True, False):
+        network.zero_grad(set_to_none=True)
+        with watched(network) as work:
+            trace = network(inputs, lean=lean)
+        (trace.answers.square().sum() + trace.expected_macs.sum()).backward()
+        grads = {name: network.gates[name].net.bias.grad for name in network.gates}
+        grown[lean] = (
+            trace,
+            work.rows["units.block2"],
+            {name: g is not None and bool(g.any()) for name, g in grads.items()},
+        )
+    (few, lean_rows, lean_grads), (every, dense_rows, dense_grads) = grown[True], grown[False]
+    assert (lean_rows, dense_rows) == (0, 5)
+    assert lean_grads == {"block1": True, "block2": False, "block3": True}
+    assert all(dense_grads.values())
+    assert torch.equal(few.answers, every.answers)
+    assert torch.equal(few.expected_macs, every.expected_macs)
 
 
 def test_kept_features_are_the_last_of_every_size_of_map():
