@@ -22,6 +22,11 @@ RULES = tuple(sorted(path.stem for path in (Path(__file__).parent / "rules").glo
 NEUTRAL = {"neutral": True}
 
 
+def later(before: object) -> dict[str, object]:
+    """Metadata of a setting that came later and at this value changes nothing: results made before it stay as good."""
+    return {"before": before}
+
+
 def require(condition: bool, name: str, rule: str, value: object, advice: str = "") -> None:
     """Raises ValueError "`name` must <rule>, got <value>. <advice>" unless the condition holds (NaN never does)."""
     if not condition:

@@ -23,7 +23,7 @@ from rlexit.network import StagedNetwork
 from rlexit.objectives import cross_entropy, hint_distance, kl_divergence
 from rlexit.ranking import rank, start_ranked
 from rlexit.resource import ResourceLoss
-from rlexit.state import Trace
+from rlexit.trace import Trace
 from rlexit.warmup import warm_up
 
 
@@ -84,11 +84,12 @@ class GateTrainer(GateLearner):
         self.resource = ResourceLoss(
             config.cost, config.price, config.target_macs, rate=config.dual_rate, price_max=config.price_max
         )
-        # Without a target there is nothing to start at; gates that learn nothing are not ranked.
-        starts = config.cost != "linear" and bool(offsets)
+        # Without a target there is nothing to start at; gates without a logit of their own cannot be moved apart.
+        skipping = [gate for gate in gates if gate.may_skip and gate.decides]
+        starts = config.cost != "linear" and bool(skipping) and all(gate.shifts for gate in skipping)
         self.explore, self.ranked = (config.explore, not config.rank) if starts else (0.0, True)
         self.anneal = 0.0 if starts and config.rank else config.anneal
-        self.shut = 0
+        self.started_shut = self.updates = 0
         self.stochastic = estimators[estimator]().stochastic
 
     def run(self) -> dict[str, float]:
@@ -104,12 +105,14 @@ class GateTrainer(GateLearner):
         return self.done >= max(self.anneal, self.explore)
 
     def extra(self) -> dict[str, Any]:
-        """The price, whether units were ranked, and how many gates were shut then."""
-        return {"price": self.resource.price, "ranked": self.ranked, "shut": self.shut}
+        """The price, whether units were ranked, how many gates were shut then, and the updates made."""
+        told = {"ranked": self.ranked, "started_shut": self.started_shut, "updates": self.updates}
+        return {"price": self.resource.price, **told}
 
     def resume(self, extra: Mapping[str, Any]) -> None:
         """Takes them back."""
-        self.resource.price, self.ranked, self.shut = float(extra["price"]), bool(extra["ranked"]), int(extra["shut"])
+        self.resource.price, self.ranked = float(extra["price"]), bool(extra["ranked"])
+        self.started_shut, self.updates = int(extra["started_shut"]), int(extra["updates"])
 
     def learn(self, inputs: Any, labels: Tensor | None) -> tuple[Float[Tensor, "batch outputs"], dict[str, float]]:
         """One update of everything that learns at this time."""
@@ -128,7 +131,8 @@ class GateTrainer(GateLearner):
         given = None if deciding else self._by_chance(inputs)
         with self._statistics(), torch.autocast(inputs.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
             generator = self.generator if self.stochastic else None
-            trace = network(inputs, decisions=given, generator=generator, lean=len(self.facts) % config.peek > 0)
+            trace = network(inputs, decisions=given, generator=generator, lean=self.updates % config.peek > 0)
+        self.updates += 1
         logits = trace.logits.float()
         task = self._task(inputs, labels, logits, trace)
         relative = self._compute(trace)
@@ -149,7 +153,7 @@ class GateTrainer(GateLearner):
             "gating/relative_cost": float(relative.detach().mean()),
             "gating/price": price,
             "gating/macs_all_exits": macs,
-            "gating/shut_at_start": float(self.shut),
+            "gating/shut_at_start": float(self.started_shut),
         }
         if self.energy is not None:
             facts |= {f"energy/{name}": value for name, value in asdict(self.energy.model).items()}
@@ -176,7 +180,9 @@ class GateTrainer(GateLearner):
         def told(done: int, units: int) -> None:
             self.watch.progress(self.samples, self.plan.steps, {"units_ranked": done, "of_units": units})
 
-        self.shut = start_ranked(self.network, rank(self.network, inputs, told), self.config.target_macs, inputs)
+        self.started_shut = start_ranked(
+            self.network, rank(self.network, inputs, told), self.config.target_macs, inputs
+        )
         self.ranked = True
 
     def _compute(self, trace: Trace) -> Float[Tensor, " batch"]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from rlexit.config import require
+from rlexit.config import later, require
 
 COSTS = ("linear", "sign_target", "deadband", "dual")
 
@@ -20,7 +20,7 @@ class GatingConfig:
             that start open by their bias.
         explore: share of the steps, the first, in which rows skip units by chance, ever more until `target_macs` is the
             share of units that are run, and no gate learns: the trunk comes to bear any path, and what a unit is worth then
-            shows without training. With a target only, so not where `cost` is linear.
+            shows without training. With a target only (not where `cost` is linear), and for gates with logits of their own.
         rank: samples on which units are taken away one by one, the one missed least first, after `explore`; gates that skip
             units then start in that order, around the target (`rlexit.ranking`). 0 leaves it out, and gates start alike.
             With a target only, as `explore`.
@@ -67,7 +67,7 @@ class GatingConfig:
     learning_rate: float = 0.01
     fresh_learning_rate: float = 0.001
     input_from: float = 0.0
-    peek: int = 1
+    peek: int = field(default=1, metadata=later(1))
     momentum: float = 0.9
     weight_decay: float = 1e-4
     warmup: float = 0.05

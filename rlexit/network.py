@@ -15,7 +15,8 @@ from rlexit.gates import Decision, Gate, Mode
 from rlexit.gates.reuse import ReuseGate
 from rlexit.heads import Head
 from rlexit.macs import macs_per_row
-from rlexit.state import ExitState, Forecast, Trace, leaves_of, put, take
+from rlexit.state import ExitState, Forecast, leaves_of, map_tensors, put, take
+from rlexit.trace import Trace
 from rlexit.units import Unit
 
 
@@ -140,8 +141,17 @@ class StagedNetwork(nn.Module):
         mode: Mode = "greedy",
         given: Decision | None = None,
         generator: torch.Generator | None = None,
+        lean: bool = False,
     ) -> tuple[ExitState, Decision | None]:
-        """Asks the gate before the next unit, if there is one, and charges the rows for it."""
+        """Asks the gate before the next unit, if there is one, and charges the rows for it.
+
+        Args:
+            state: before the unit.
+            mode: how the gate decides.
+            given: the stored decision, for replay.
+            generator: source of randomness, for sample.
+            lean: a decision by which no row runs the unit has no gradient.
+        """
         name = self.unit_names[state.unit]
         if name not in self.gates:
             return state, None
@@ -149,6 +159,8 @@ class StagedNetwork(nn.Module):
         unit: Unit = self.units[name]  # type: ignore[assignment]
         seen = replace(state, features=unit.glance(state.features))
         decision, carry = gate.decide(seen, mode, given, generator)
+        if lean and not bool(decision.relaxed.any()):
+            decision = map_tensors(torch.Tensor.detach, decision)
         state = replace(state, carry=carry, decisions=(*state.decisions, decision))
         dense = gate.expected_macs(seen, decision) if state.forecast is not None else None
         return state.charge(f"gates.{name}", gate.macs(seen, decision), dense), decision
@@ -349,9 +361,9 @@ class StagedNetwork(nn.Module):
         while not self.finished(state):
             gated = self.unit_names[state.unit] in self.gates
             given = decisions[len(state.decisions)] if decisions is not None and gated else None
-            state, decision = self.decide(state, "replay" if decisions is not None else drawn, given, generator)
+            state, decision = self.decide(state, "replay" if decisions is not None else drawn, given, generator, lean)
             before = leaves_of(state.features)[0]
-            spared = lean and decision is not None and not bool((decision.action > 0).any())
+            spared = lean and decision is not None and not bool(decision.relaxed.any())
             state = self.advance(state, decision, dense=not spared)
             if state.unit > 1 and before.shape[2:] != leaves_of(state.features)[0].shape[2:]:
                 ends.append(before)

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rlexit.config import require
 from rlexit.costs import cost_table
 from rlexit.gates import Decision, opened
 from rlexit.network import StagedNetwork
@@ -89,9 +90,13 @@ def start_ranked(network: StagedNetwork, spared: Sequence[Spared], target: float
         How many gates start shut.
     Raises:
         TypeError: a gate has no logit of its own.
+        ValueError: not even without all of these units the network costs so little.
     """
+    least = spared[-1].relative_macs
+    advice = "That is what is left without every unit that gates may skip."
+    require(target >= least, "target_macs", f"be at least {least:.4f}", target, advice)
     network.eval()
-    shut = next((count for count, one in enumerate(spared, 1) if one.relative_macs <= target), len(spared))
+    shut = next(count for count, one in enumerate(spared, 1) if one.relative_macs <= target)
     wanted = {one.name: SPREAD * (place + 0.5 - shut) / len(spared) for place, one in enumerate(spared)}
     state = network.begin(inputs)
     while not network.finished(state):

@@ -224,11 +224,14 @@ def policies_of(values: Sequence[dict[str, Any]]) -> list[ExitPolicy]:
 
 
 def _binding(value: Any) -> Any:
-    """A section as a dict, settings marked as neutral left out."""
+    """A section as a dict; left out: neutral settings, and later ones (`rlexit.config.later`) that change nothing."""
     if not dataclasses.is_dataclass(value) or isinstance(value, type):
         return value
-    kept = [field.name for field in dataclasses.fields(value) if not field.metadata.get("neutral")]
-    return {name: _binding(getattr(value, name)) for name in kept}
+    found = {field: getattr(value, field.name) for field in dataclasses.fields(value)}
+    changes = [
+        field for field, one in found.items() if "before" not in field.metadata or one != field.metadata["before"]
+    ]
+    return {field.name: _binding(found[field]) for field in changes if not field.metadata.get("neutral")}
 
 
 def jsonable(value: Any) -> Any:

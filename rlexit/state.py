@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -168,27 +168,3 @@ class ExitState:
     def device(self) -> torch.device:
         """Where the rows live."""
         return self.rows.device
-
-
-@dataclass(frozen=True)
-class Trace:
-    """All exits of a batch at once.
-
-    Args:
-        logits: (B, K, A) raw logits of every exit.
-        answers: (B, K, A) log-probabilities after the ensemble.
-        decisions: one entry per gate, in the order of execution (see `rlexit.gates.Decision`).
-        expected_macs: (B,) multiply-adds that the decisions lead to: units and skip paths, gates, and the heads where
-            rows leave (all heads that are met, without leave gates); has a gradient in the relaxed decisions.
-        leaving: decisions of the leave gates, in the order of the exits that have one.
-        expected_parts: what `expected_macs` is the sum of, by part: `units.<name>`, `gates.<name>`, ...
-        features: the last of every size of map, in order, and at the end what the last exit reads.
-    """
-
-    logits: Float[Tensor, "batch exits outputs"]
-    answers: Float[Tensor, "batch exits outputs"]
-    decisions: tuple[Any, ...]
-    expected_macs: Float[Tensor, " batch"]
-    leaving: tuple[Any, ...] = ()
-    expected_parts: Mapping[str, Float[Tensor, " batch"]] = field(default_factory=dict)
-    features: tuple[Float[Tensor, "batch ..."], ...] = ()

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlexit.config import require
 from vision.config import DataConfig
 from vision.decoding import Images, StoredImages
 
@@ -38,7 +39,7 @@ class Stream:
         self.images, self.batch, self.seed = images, batch, seed
         rest = len(images) % batch
         self.per_epoch = len(images) // batch + (rest >= least)
-        self.vary = _variation(config, images.side)
+        self.vary = variation(config, images.side)
         self._orders: dict[int, Tensor] = {}
 
     def _chosen(self, index: int) -> Tensor:
@@ -62,8 +63,16 @@ class Stream:
             return self.vary(pixels.to(torch.float32).div_(255)), labels
 
 
-def _variation(config: DataConfig, side: int) -> Any:
-    """Crop and mirror as a module of kornia, or None."""
+def variation(config: DataConfig, side: int) -> Any:
+    """Crop and mirror as a module of kornia, or None.
+
+    Args:
+        config: how images are varied.
+        side: of the images, in pixels.
+    Raises:
+        ImportError: kornia is missing.
+        ValueError: the images are too small for mirrored borders.
+    """
     if not (config.crop or config.flip):
         return None
     try:
@@ -71,5 +80,7 @@ def _variation(config: DataConfig, side: int) -> Any:
     except ImportError as error:
         raise ImportError("`data.crop` and `data.flip` need kornia: pip install 'rlexit[vision]'.") from error
     how = PADDINGS[config.border]
+    rule = f"be below the images' side of {side} where data.border is reflect"
+    require(config.border != "reflect" or config.crop < side, "data.crop", rule, config.crop)
     steps = [augmentation.RandomCrop((side, side), padding=config.crop, padding_mode=how)] if config.crop else []
     return torch.nn.Sequential(*steps, *([augmentation.RandomHorizontalFlip(p=0.5)] if config.flip else []))

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rlexit.config import NEUTRAL, CoreConfig, DistillConfig, EvaluateConfig, HeadConfig, require
+from rlexit.config import NEUTRAL, CoreConfig, DistillConfig, EvaluateConfig, HeadConfig, later, require
 from rlexit.gating_config import GatingConfig
 from rlexit.refine_config import RefineConfig
 
@@ -54,7 +54,7 @@ class DataConfig:
     long_tail: float = 1.0
     relabel: str = ""
     crop: int = 4
-    border: str = "black"
+    border: str = field(default="black", metadata=later("black"))
     flip: bool = True
     memory_gb: float = field(default=4.0, metadata=NEUTRAL)
     workers: int = field(default=0, metadata=NEUTRAL)

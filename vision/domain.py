@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from rlexit import checkpoint
-from rlexit.config import Method
+from rlexit.config import Method, require
 from rlexit.costs import cost_table
 from rlexit.domain import Act, Batches, Played, Split, Watch
 from rlexit.ensembles import Ensemble, ensembles
@@ -24,7 +24,7 @@ from rlexit.exit_policy import ExitPolicy, first_exit, threshold_rows
 from rlexit.network import StagedNetwork
 from rlexit.runtime import replay, run
 from vision import train
-from vision.batches import Stream
+from vision.batches import Stream, variation
 from vision.config import BackboneConfig, NetworkConfig, VisionConfig
 from vision.data import DataSet
 from vision.decoding import Images
@@ -207,7 +207,10 @@ class VisionDomain:
         return torch.zeros((1, 3, self.data.side, self.data.side), dtype=torch.uint8)
 
     def blank(self, method: Method) -> StagedNetwork:
-        """The network with exits, untrained; for counting. Rivals whose weights are missing are told here."""
+        """The network with exits, untrained; for counting. What of the config cannot work is told here."""
+        variation(self.config.data, self.data.side)
+        if method.gates:
+            require(self.device == "cpu", "--device", "be cpu for methods with gates", self.device, "Leave it out.")
         self._rivals()
         return self._of_method(method).eval()
 

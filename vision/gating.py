@@ -69,8 +69,6 @@ def learn_gates(
         watch: stop and progress.
     Source: Wang et al. 2020 (DDI), arXiv 1907.04523; Wang et al. 2018 (SkipNet), arXiv 1711.09485, section 3.3.
     """
-    if domain.device != "cpu":
-        raise ValueError(f"`--device` must be cpu for methods with gates, got {domain.device!r}. Leave it out.")
     config, full = domain.config.gating, cost_table(network.eval(), domain.example()).full
     batches = domain.batches(seed)
     if method.algo:

@@ -77,7 +77,7 @@ class Gate(nn.Module):
 
     @property
     def shifts(self) -> bool:
-        """Whether the gate has a logit of its own that `shift` moves and `level` tells."""
+        """Whether the gate has a logit of its own that `shift` moves; where it is one for whole rows, `level` tells it."""
         return bool(self.offsets())
 
     @torch.no_grad()

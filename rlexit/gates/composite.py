@@ -64,6 +64,11 @@ class CompositeGate(Gate):
         """Of both."""
         return [*self.layer.offsets(), *self.channel.offsets()]
 
+    @property
+    def shifts(self) -> bool:
+        """Whether the layer gate has a logit of its own."""
+        return self.layer.shifts
+
     def shift(self, by: float) -> None:
         """Moves the layer gate's."""
         self.layer.shift(by)

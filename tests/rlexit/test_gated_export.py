@@ -297,6 +297,15 @@ def test_a_gated_manifest_is_refused_before_a_graph_is_read(tmp_path, change):
         serve.load(folder)
 
 
+def nodes_of(graph):
+    """All nodes, those of branches too."""
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from nodes_of(attribute.g)
+
+
 def test_conditions_of_branches_have_one_dimension_as_openvino_wants_them(tmp_path):
     network = gated("lstm")
     export(network, parting(network, ROWS), ROWS, tmp_path / "export", "onnx", {})
@@ -304,7 +313,7 @@ def test_conditions_of_branches_have_one_dimension_as_openvino_wants_them(tmp_pa
     for path in (tmp_path / "export").glob("*.onnx"):
         model = onnx.shape_inference.infer_shapes(onnx.load(path))
         ranks = {value.name: len(value.type.tensor_type.shape.dim) for value in model.graph.value_info}
-        conditions = [node.input[0] for node in model.graph.node if node.op_type == "If"]
+        conditions = [node.input[0] for node in nodes_of(model.graph) if node.op_type == "If"]
         assert all(ranks[name] <= 1 for name in conditions)
         seen += len(conditions)
     assert seen

@@ -284,12 +284,19 @@ def test_blockdrop_s_curriculum_has_the_penalty_and_the_entropy_of_the_original(
     assert found["config"] == TINY.refine
 
 
-def test_gates_learn_on_the_cpu_only_and_say_so(teacher, tmp_path):
+def test_gates_learn_on_the_cpu_only_and_say_so_before_anything_is_trained():
     made = VisionDomain(TINY)
-    network = made.network(teacher / "teacher", METHODS["layer_gates"])
     made.device = "cuda"
-    with pytest.raises(ValueError, match="`--device` must be cpu"):
-        made.learn_gates(network, teacher / "teacher", METHODS["layer_gates"], tmp_path, 0, Watch())
+    made.blank(METHODS["sdn"])
+    with pytest.raises(ValueError, match="`--device` must be cpu for methods with gates, got 'cuda'"):
+        made.blank(METHODS["layer_gates"])
+
+
+def test_images_too_small_for_mirrored_borders_are_told_before_anything_is_trained():
+    pytest.importorskip("kornia")
+    made = VisionDomain(changed(TINY, "data", crop=8, border="reflect"))
+    with pytest.raises(ValueError, match="`data.crop` must be below the images' side of 8"):
+        made.blank(METHODS["sdn"])
 
 
 def test_hints_keep_features_near_those_of_the_original(teacher, tmp_path):
