@@ -20,7 +20,7 @@ from rlexit.gates import Decision, opened
 from rlexit.gates.estimators import estimators
 from rlexit.gating_config import GatingConfig
 from rlexit.network import StagedNetwork
-from rlexit.objectives import cross_entropy, hint_distance, kl_divergence
+from rlexit.objectives import cross_entropy, hint_distance, softened_divergence
 from rlexit.ranking import rank, start_ranked
 from rlexit.resource import ResourceLoss
 from rlexit.trace import Trace
@@ -205,7 +205,7 @@ class GateTrainer(GateLearner):
         total = torch.zeros(len(logits), device=logits.device)
         if labels is not None:
             total = cross_entropy(labels, answers).sum(dim=1)
-        weight = config.distillation * config.temperature**2 if labels is not None else 1.0
+        weight, temperature = (config.distillation, config.temperature) if labels is not None else (1.0, 1.0)
         if self.original is None or not (weight or config.hint):
             return total
         with torch.no_grad(), torch.autocast(inputs.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
@@ -213,7 +213,6 @@ class GateTrainer(GateLearner):
         for theirs, ours in zip(wanted.features, trace.features, strict=True) if config.hint else ():
             total = total + config.hint * hint_distance(theirs, ours)
         if weight:
-            temperature = config.temperature if labels is not None else 1.0
-            softened = [(one[:, -1:].float() / temperature).log_softmax(dim=-1) for one in (wanted.logits, learning)]
-            total = total + weight * kl_divergence(softened[0][:, 0], softened[1])[:, 0]
+            drawn = softened_divergence(wanted.logits[:, -1].float(), learning[:, -1:], temperature)
+            total = total + weight * drawn[:, 0]
         return total

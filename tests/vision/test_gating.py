@@ -21,6 +21,7 @@ from rlexit.evaluate import budgeted
 from rlexit.exit_policy import ExitPolicy
 from rlexit.gating_config import GatingConfig
 from rlexit.interrupts import StopFlag, Stopped
+from rlexit.network import StagedNetwork
 from rlexit.objectives import hint_distance
 from rlexit.refine import PathRefiner
 from rlexit.rows import read_rows
@@ -297,6 +298,34 @@ def test_images_too_small_for_mirrored_borders_are_told_before_anything_is_train
     made = VisionDomain(changed(TINY, "data", crop=8, border="reflect"))
     with pytest.raises(ValueError, match="`data.crop` must be below the images' side of 8"):
         made.blank(METHODS["sdn"])
+
+
+def test_units_that_are_shut_are_computed_in_one_update_of_so_many(teacher, tmp_path, monkeypatch):
+    lean: list[bool] = []
+    forward = StagedNetwork.forward
+
+    def seen(self, *inputs, **settings):
+        lean.extend([settings["lean"]] if "lean" in settings else [])
+        return forward(self, *inputs, **settings)
+
+    monkeypatch.setattr(StagedNetwork, "forward", seen)
+    learnt(teacher, tmp_path, "layer_gates", steps=320, peek=3, recalibrate=0)
+    assert lean == [place % 3 > 0 for place in range(len(lean))]
+    assert len(lean) >= 6
+
+
+@pytest.mark.parametrize("method", ["layer_gates", "iadi"])
+def test_a_gate_whose_unit_is_left_out_gets_no_gradient_from_its_own_cost_either(teacher, method):
+    made = VisionDomain(TINY)
+    network = made.network(teacher / "teacher", METHODS[method]).train()
+    gate: Any = network.gates["layer2_1"]
+    gate.shift(-100.0)
+    for lean in (False, True):
+        network.zero_grad(set_to_none=True)
+        trace = network(made.data.evaluated("test").pixels[:16], lean=lean)
+        (trace.logits.square().sum() + trace.expected_macs.sum()).backward()
+        [offset, *_] = gate.offsets()
+        assert (offset.grad is None) == lean
 
 
 def test_hints_keep_features_near_those_of_the_original(teacher, tmp_path):
