@@ -10,8 +10,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from rlexit import checkpoint
 from rlexit.domain import Batches, Watch
-from rlexit.gatelearning import GateLearner, Plan
+from rlexit.gatelearning import STATE, GateLearner, Plan
 from rlexit.network import StagedNetwork
 from rlexit.objectives import cross_entropy, softened_divergence
 from rlexit.policygradients import (
@@ -33,6 +34,10 @@ from rlexit.walks import Walk, walk
 SETTLED_ON = 2048
 CHUNK = 256
 SETTLING = 13
+# Training samples on which gates' entropies are taken at the start.
+SURE_ON = 512
+# Powers of two by which logits are multiplied, at most, to make gates surer or less sure.
+WIDEST = 10.0
 # Of the anchor, as usual where classifiers are distilled.
 TEMPERATURE = 4.0
 
@@ -106,6 +111,26 @@ class PathRefiner(GateLearner):
     def resume(self, extra: Mapping[str, Any]) -> None:
         """Takes the price back."""
         self.price = float(extra["price"])
+
+    def run(self) -> dict[str, float]:
+        """Makes gates surer if they are to start so, then as `GateLearner.run`."""
+        if self.algo == "ppo" and self.config.start_entropy and not checkpoint.exists(self.folder, STATE):
+            self._start_sure()
+        return super().run()
+
+    @torch.no_grad()
+    def _start_sure(self) -> None:
+        """Multiplies all logits by one number, such that gates have the mean entropy that is asked for."""
+        self.network.eval()
+        inputs = torch.cat(self._inputs(SURE_ON))
+        low, high, at = -WIDEST, WIDEST, 0.0
+        for _ in range(SETTLING):
+            middle = (low + high) / 2
+            for gate in self.deciding:
+                gate.scale(2 ** (middle - at))
+            at = middle
+            unsure = float(walk(self.network, inputs, "greedy").entropies.mean()) > self.config.start_entropy
+            low, high = (middle, high) if unsure else (low, middle)
 
     @torch.no_grad()
     def settle(self) -> dict[str, float]:

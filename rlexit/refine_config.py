@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from rlexit.config import require
+from rlexit.config import later, require
 
 ALGOS = ("ppo", "skipnet", "blockdrop")
 DECISIONS = ("exits", "units", "reuse")
@@ -33,6 +33,9 @@ class RefineConfig:
         trunk: `frozen`, so that the full answer stays within reach, or `trained` along.
         trunk_learning_rate: classifiers only: of SGD, for a trained trunk.
         paths: classifiers only: drawn per image; each is compared with the others.
+        start_entropy: `ppo` of classifiers only: mean entropy of the gates at which drawing begins, in nats; all logits are
+            multiplied by one number for it. Straight-through gates need only a logit's sign and leave it near 0, where draws
+            are no more than chance. 0 leaves them as they are.
         alpha: `skipnet` only: reward for skipping everything.
         penalty: `blockdrop` only: reward of a wrong answer, negated.
         n_envs: games side by side.
@@ -69,6 +72,7 @@ class RefineConfig:
     trunk: str = "frozen"
     trunk_learning_rate: float = 1e-4
     paths: int = 4
+    start_entropy: float = field(default=0.1, metadata=later(0.0))
     alpha: float = 0.1
     penalty: float = 5.0
     n_envs: int = 8
@@ -122,6 +126,7 @@ class RefineConfig:
             "max_grad_norm",
         ):
             require(0 < getattr(self, name) < math.inf, f"refine.{name}", "be positive", getattr(self, name))
+        require(0 <= self.start_entropy <= 0.69, "refine.start_entropy", "be in [0, 0.69]", self.start_entropy)
         for name in ("gamma", "gae_lambda"):
             require(0 <= getattr(self, name) <= 1, f"refine.{name}", "be in [0, 1]", getattr(self, name))
         moves = self.price > 0 or not self.target_macs

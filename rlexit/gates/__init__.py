@@ -97,6 +97,25 @@ class Gate(nn.Module):
         for parameter in offsets:
             parameter.add_(by)
 
+    def slopes(self) -> list[Tensor]:
+        """The parameters that multiply the logits when they are multiplied together with `offsets`; none by default.
+
+        What gates share is told by one of them.
+        """
+        return []
+
+    @torch.no_grad()
+    def scale(self, by: float) -> None:
+        """Multiplies the logits of every row: greedy decisions stay as they are, and drawn ones come nearer to them.
+
+        To be called for all gates of a network, because some share layers. One without logits of its own stays as it is.
+
+        Args:
+            by: positive.
+        """
+        for parameter in (*self.offsets(), *self.slopes()):
+            parameter.mul_(by)
+
     def level(self, state: ExitState) -> Float[Tensor, " batch"]:
         """(B,) the logit of action 1 that `shift` moves; raises TypeError where `shift` does."""
         raise TypeError(f"`{type(self).__name__}` must have a logit of its own to be read. Use gates of another kind.")

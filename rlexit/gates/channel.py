@@ -63,6 +63,10 @@ class ChannelGate(Gate):
         """Of the last layer."""
         return [last_linear(self.module).bias]
 
+    def slopes(self) -> list[Tensor]:
+        """Of the last layer."""
+        return [last_linear(self.module).weight]
+
     def macs(self, state: ExitState, decision: Decision | None = None) -> Int[Tensor, " batch"]:
         """(B,) multiply-adds of the small net."""
         return torch.full_like(state.macs, macs_per_row(self.module, state.features))

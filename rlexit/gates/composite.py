@@ -64,6 +64,10 @@ class CompositeGate(Gate):
         """Of both."""
         return [*self.layer.offsets(), *self.channel.offsets()]
 
+    def slopes(self) -> list[Tensor]:
+        """Of both."""
+        return [*self.layer.slopes(), *self.channel.slopes()]
+
     @property
     def shifts(self) -> bool:
         """Whether the layer gate has a logit of its own."""

@@ -131,6 +131,10 @@ class StaticChannelGate(ChannelGate):
         """The logits."""
         return list(self.module.parameters())
 
+    def slopes(self) -> list[Tensor]:
+        """None besides."""
+        return []
+
 
 class SameForAll(nn.Module):
     """The same learned logits for every row.

@@ -121,6 +121,10 @@ class RecurrentGate(LayerGate):
         """One number for the unit."""
         return [self.offset]
 
+    def slopes(self) -> list[Tensor]:
+        """The shared logit's, told by the first gate."""
+        return [*self.core.logit.parameters()] if hasattr(self, "core") else []
+
     def macs(self, state: ExitState, decision: Decision | None = None) -> Int[Tensor, " batch"]:
         """(B,) multiply-adds of embedding, LSTM and logit."""
         return torch.full_like(state.macs, self.embed.in_features * HIDDEN + self._core_macs)
@@ -147,6 +151,10 @@ class FeedForwardGate(LayerGate):
     def offsets(self) -> list[nn.Parameter]:
         """Of the last layer."""
         return [last_linear(self.module).bias]
+
+    def slopes(self) -> list[Tensor]:
+        """Of the last layer."""
+        return [last_linear(self.module).weight]
 
     @torch.no_grad()
     def shift(self, by: float) -> None:

@@ -229,6 +229,23 @@ def test_a_gate_decides_in_full_precision_whatever_the_units_compute_in(kind):
     torch.testing.assert_close(lowered.log_prob, exact.log_prob, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in ENTRY])
+def test_scaled_gates_decide_alike_and_are_surer_by_that_factor(kind):
+    network = network_of(kind)
+    before = run(network, full(network), inputs(16))
+    for gate in network.gates.values():
+        gate.scale(3.0)
+    after = run(network, full(network), inputs(16))
+    assert torch.equal(after.answers, before.answers)
+    for (_, unsure), (_, sure) in zip(before.decisions, after.decisions, strict=True):
+        assert torch.equal(sure.action, unsure.action)
+        assert bool((sure.entropy <= unsure.entropy).all())
+        if unsure.channels is None:
+            # -log p of the likelier action is softplus(-|logit|).
+            sizes = [-(-decision.log_prob.double()).expm1().log() for decision in (unsure, sure)]
+            torch.testing.assert_close(sizes[1], 3 * sizes[0], rtol=1e-3, atol=1e-4)
+
+
 def test_the_recurrent_gate_starts_afresh_in_every_pass_and_remembers_within_one():
     network = network_of("lstm")
     first = network(inputs(7))

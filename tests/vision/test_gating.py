@@ -285,6 +285,15 @@ def test_blockdrop_s_curriculum_has_the_penalty_and_the_entropy_of_the_original(
     assert found["config"] == TINY.refine
 
 
+@pytest.mark.parametrize("entropy", [0.05, 0.3])
+def test_drawn_paths_start_as_sure_as_they_are_told_to(layer_gates, tmp_path, entropy):
+    config = replace(TINY, refine=replace(TINY.refine, steps=32, start_entropy=entropy, learning_rate=1e-9))
+    made = VisionDomain(config)
+    network = load_network(session(layer_gates), "layer_gates")[""]
+    facts = made.refine(network, layer_gates / "teacher", METHODS["gates_ppo"], tmp_path, 0, Watch())
+    assert facts["refine/entropy"] == pytest.approx(entropy, rel=0.35)
+
+
 def test_gates_learn_on_the_cpu_only_and_say_so_before_anything_is_trained():
     made = VisionDomain(TINY)
     made.device = "cuda"
