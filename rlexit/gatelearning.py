@@ -102,6 +102,7 @@ class GateLearner:
         )
         self.samples = self.buffers = 0
         self.facts: list[dict[str, float]] = []
+        self.last: dict[str, float] = {}
 
     def learn(self, inputs: Any, labels: Tensor | None) -> tuple[Float[Tensor, "batch outputs"], dict[str, float]]:
         """One update.
@@ -143,10 +144,9 @@ class GateLearner:
         """
         if checkpoint.exists(self.folder, STATE):
             self._restore()
-        facts: dict[str, float] = {}
         with RunLog(self.folder, resume_step=self.samples) as log:
             while self.samples < self.plan.steps:
-                facts = self._segment(log)
+                self._segment(log)
                 # Points first: a kill in between leaves points too many, which a resume drops, and none too few.
                 log.flush()
                 self._save(STATE)
@@ -154,20 +154,21 @@ class GateLearner:
                     self._save(HEALTHY)
             if self.plan.recalibrate:
                 recalibrate(self.network, self._inputs(self.plan.recalibrate))
-            for tag, value in self.settle().items():
-                log.scalar(tag, value, self.samples)
-                facts[tag] = value
+            settled = self.settle()
+            for tag, value in settled.items():
+                # A step on, so that who resumes at the end drops them before they come again.
+                log.scalar(tag, value, self.samples + 1)
         self.network.eval()
-        return facts
+        return {**self.last, **settled}
 
-    def _segment(self, log: RunLog) -> dict[str, float]:
+    def _segment(self, log: RunLog) -> None:
         """Learns until the next checkpoint."""
-        facts: dict[str, float] = {}
         for count in self.batches(self._act, self.buffers):
             self.buffers += 1
             self.samples += count
             told, self.facts = self.facts, []
             facts = {tag: sum(one[tag] for one in told) / len(told) for tag in told[0]}
+            self.last = facts
             for tag, value in facts.items():
                 log.scalar(tag, value, self.samples)
             self.watch.progress(self.samples, self.plan.steps, {k: v for k, v in facts.items() if "open_frac" not in k})
@@ -176,7 +177,6 @@ class GateLearner:
             if self.watch.stop():
                 # Not saved: a domain may restart its games at checkpoints, and one more would change what follows.
                 raise Stopped
-        return facts
 
     def _act(self, inputs: Any, labels: Tensor | None = None) -> Tensor:
         """One update on what the domain collected."""
@@ -222,12 +222,13 @@ class GateLearner:
         tensors["random"] = self.generator.get_state()
         counts = {"buffers": self.buffers, "samples": self.samples}
         streaks = {"shut": self.collapse.shut, "open": self.collapse.open}
-        checkpoint.save(self.folder, name, tensors, {**counts, **streaks, "extra": self.extra()})
+        checkpoint.save(self.folder, name, tensors, {**counts, **streaks, "last": self.last, "extra": self.extra()})
 
     def _restore(self) -> None:
         tensors, facts = checkpoint.load_state(self.folder, STATE)
         self.buffers, self.samples = int(facts["buffers"]), int(facts["samples"])
         self.collapse.shut, self.collapse.open = int(facts["shut"]), int(facts["open"])
+        self.last = dict(facts["last"])
         self.network.load_state_dict(checkpoint.subset(tensors, "network"))
         for key, optimizer in self.optimizers.items():
             checkpoint.unpack_optimizer(optimizer, f"optimizer_{key}", tensors)

@@ -247,7 +247,18 @@ def test_refined_paths_end_greedily_at_their_target(layer_gates, tmp_path):
     network = made.network(layer_gates / "teacher", METHODS["gates_ppo"])
     facts = made.refine(network, layer_gates / "teacher", METHODS["gates_ppo"], tmp_path, 0, Watch())
     assert facts["refine/cost_settled"] <= TINY.refine.target_macs
-    assert [value for _, tag, value in read_scalars(tmp_path) if tag == "refine/cost_settled"]
+    told = [value for _, tag, value in read_scalars(tmp_path) if tag == "refine/cost_settled"]
+    assert told == [facts["refine/cost_settled"]]
+
+
+def test_who_is_killed_after_the_last_checkpoint_tells_the_same_and_once(layer_gates, tmp_path):
+    made = VisionDomain(TINY)
+    found = []
+    for _ in range(2):
+        network = made.network(layer_gates / "teacher", METHODS["gates_ppo"])
+        found.append(made.refine(network, layer_gates / "teacher", METHODS["gates_ppo"], tmp_path, 0, Watch()))
+    assert found[0] == found[1]
+    assert len([tag for _, tag, _ in read_scalars(tmp_path) if tag == "refine/cost_settled"]) == 1
 
 
 def captured(monkeypatch) -> dict[str, Any]:
