@@ -2,7 +2,7 @@
 
     python benchmarks/gated_speed.py                 # half of the MACs, batches of 128 and of 1
     python benchmarks/gated_speed.py --keep 0.7 --repeats 20
-    python benchmarks/gated_speed.py --run runs/cifar10_resnet56_gates --method layer_gates   # a trained one, on its images
+    python benchmarks/gated_speed.py --run runs/cifar10/resnet56_gates --method layer_gates   # a trained one, on its images
 
 In torch, gates are random with a hash of the image, and LSTM gates that read it; in onnxruntime, LSTM gates. Without --run
 nothing is trained: the LSTM's first weights are spread, so that images are decided differently, and its logit is shifted

@@ -95,8 +95,8 @@ class PathRefiner(GateLearner):
             optimizers["trunk"] = torch.optim.SGD(trunk, lr=config.trunk_learning_rate, momentum=0.9)
         deciding: list[Any] = [gate for gate in network.gates.values() if gate.decides]
         if algo == "ppo" and config.target_macs and not all(gate.shifts for gate in deciding):
-            advice = "Set it to 0, a fixed price, or use gates of another kind."
-            raise ValueError(f"`refine.target_macs` must have gates with a logit of their own. {advice}")
+            rule, advice = "be 0, a fixed price, for gates without logits of their own", "Or use others."
+            raise ValueError(f"`refine.target_macs` must {rule}, got {config.target_macs}. {advice}")
         if algo == "ppo" and config.target_macs and settled_on is None:
             raise ValueError("`settled_on` must be given with `refine.target_macs`, got None. Give held-out inputs.")
         self.deciding, self.settled_on = deciding, settled_on
@@ -138,18 +138,19 @@ class PathRefiner(GateLearner):
         if self.algo != "ppo" or not self.config.target_macs or self.settled_on is None:
             return {}
         self.network.eval()
-        many, at = self.settled_on.split(CHUNK), 0.0
+        many, at, found = self.settled_on.split(CHUNK), 0.0, 0.0
 
         def cost(shift: float) -> float:
-            nonlocal at
+            nonlocal at, found
             for gate in self.deciding:
                 gate.shift(at - shift)
             at = shift
             macs = torch.cat([walk(self.network, inputs, "greedy").macs for inputs in many])
-            return float(macs.double().mean()) / self.plan.full
+            found = float(macs.double().mean()) / self.plan.full
+            return found
 
         shift = settled_shift(cost, self.config.target_macs, SETTLING)
-        return {"refine/cost_settled": cost(shift), "refine/shift": shift}
+        return {"refine/cost_settled": found, "refine/shift": shift}
 
     def learn(self, inputs: Any, labels: Tensor | None) -> tuple[Float[Tensor, "batch outputs"], dict[str, float]]:
         """One batch of paths, and what is learnt from it."""
