@@ -231,10 +231,10 @@ def _named(method: str, label: str) -> str:
 
 
 def _grids(points: Sequence[Point]) -> dict[str, dict[str, list[Point]]]:
-    """Method to rule to the points of its threshold grid."""
+    """Method to rule to the points of its threshold grid; a network whose gates alone decide has none."""
     grids: dict[str, dict[str, list[Point]]] = defaultdict(dict)
     for point in points:
-        if point.method not in REFERENCES and not point.fixed and not point.target:
+        if point.method not in REFERENCES and point.thresholds and not point.fixed and not point.target:
             grids[point.method].setdefault(point.rule, []).append(point)
     return grids
 

@@ -76,6 +76,11 @@ def test_a_method_that_starts_with_an_underscore_is_in_the_legend() -> None:
     assert [text.get_text() for text in figure.legends[0].get_texts()] == [" _x  confidence"]
 
 
+def test_a_network_whose_gates_alone_decide_has_no_rule_in_the_legend() -> None:
+    figure = plots.pareto(summary.points(episodes([1.0, 2.0], method="gated", label="gates", thresholds=())))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["gated"]
+
+
 def test_learning_curves_have_thin_seeds_and_a_thick_mean_where_all_have_one() -> None:
     seeds = [[(step, "distill/kl/exit0", 1.0 + seed) for step in range(3 + seed)] for seed in range(2)]
     figure = curveplots.learning_curves(seeds, "pong")
